@@ -1,0 +1,147 @@
+"""Ragged rollouts ⇄ packed micro-batches: the only place that packs, pads or shifts.
+
+A micro-batch is one row in which whole sequences stand one after another ("sample packing", §3.1):
+
+    sequence A: prompt p p p, response a b c        sequence B: prompt q q, response d e
+
+    input_ids      p  p  p  a  b | q  q  d        the last token of a sequence is never an input: nothing follows it
+    position_ids   0  1  2  3  4 | 0  1  2        restart, so that rotary angles are those of A and B alone
+    action_at            2  3  4 |    6  7        the token *before* an action: its hidden state gives
+                         ↓  ↓  ↓      ↓  ↓        log π(a_t|s_t) and V(s_t) alike
+    actions              a  b  c      d  e
+    flat                 0  1  2      3  4        the action's place in the step's flat (N,) vectors (see gae.py)
+
+Attention is causal inside a sequence and blind between sequences. No [T × T] mask is ever built.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from rollout import Rollout
+
+
+class MicroBatch(NamedTuple):
+    """One packed row of S sequences, T input tokens and n actions; the picture above shows each field."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T)
+    boundaries: Tensor  # (S + 1,) int32: where each sequence begins and the last one ends
+    longest: int  # input tokens of the longest sequence
+    action_at: Tensor  # (n,)
+    actions: Tensor  # (n,)
+    flat: Tensor  # (n,)
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], members: Sequence[int], max_tokens: int, device: torch.device | str = "cpu"
+) -> Iterator[MicroBatch]:
+    """Pack the rollouts numbered `members` into rows of at most `max_tokens` input tokens (a longer sequence gets a row
+    of its own). Sequences of like length share a row; which ones do changes neither loss nor gradient."""
+    starts = [0]
+    for rollout in rollouts:
+        starts.append(starts[-1] + len(rollout.ids))
+    inputs = {i: len(rollouts[i].problem.prompt_ids) + len(rollouts[i].ids) - 1 for i in members}
+    row: list[int] = []
+    for i in sorted(members, key=lambda i: (inputs[i], i)):
+        if row and sum(inputs[j] for j in row) + inputs[i] > max_tokens:
+            yield _pack(rollouts, row, starts, device)
+            row = []
+        row.append(i)
+    yield _pack(rollouts, row, starts, device)
+
+
+def _pack(rollouts: Sequence[Rollout], row: list[int], starts: list[int], device: torch.device | str) -> MicroBatch:
+    tokens, positions, action_at, actions, flat, boundaries = [], [], [], [], [], [0]
+    for i in row:
+        prompt, response = rollouts[i].problem.prompt_ids, rollouts[i].ids
+        sequence = [*prompt, *response]
+        first = len(tokens) + len(prompt) - 1  # the last prompt token predicts the first action
+        tokens += sequence[:-1]
+        positions += range(len(sequence) - 1)
+        action_at += range(first, first + len(response))
+        actions += response
+        flat += range(starts[i], starts[i] + len(response))
+        boundaries.append(len(tokens))
+
+    def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    longest = max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False))
+    return MicroBatch(
+        tensor(tokens)[None], tensor(positions)[None], tensor(boundaries, torch.int32), longest,
+        tensor(action_at), tensor(actions), tensor(flat),
+    )  # fmt: skip
+
+
+def mini_batches(lengths: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """Split sequences into `count` mini-batches of near-equal token counts, using each exactly once.
+
+    Shuffled, then longest first into the lightest mini-batch. Fewer sequences than `count` give one mini-batch each.
+
+    >>> mini_batches([5, 1, 1, 3], 2, seed=0)
+    [[0], [3, 2, 1]]
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    minis: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    load = [0] * len(minis)
+    for i in sorted(order, key=lambda i: -lengths[i]):
+        lightest = load.index(min(load))
+        minis[lightest].append(i)
+        load[lightest] += lengths[i]
+    return minis
+
+
+@torch.no_grad()
+def over_tokens(
+    quantity: Callable[[MicroBatch], Tensor], rollouts: Sequence[Rollout], max_tokens: int, device: torch.device | str
+) -> Tensor:
+    """A per-token quantity of all responses, flat (N,), computed micro-batch by micro-batch without gradient."""
+    flat = torch.zeros(sum(len(r.ids) for r in rollouts), device=device)
+    for micro in micro_batches(rollouts, range(len(rollouts)), max_tokens, device):
+        flat[micro.flat] = quantity(micro)
+    return flat
+
+
+def hidden_states(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
+    """Final-norm hidden states (n, H) from which the actions are predicted; `model` is a policy or a critic."""
+    with torch.autocast(micro.input_ids.device.type, torch.bfloat16, enabled=micro.input_ids.is_cuda):
+        out = model.base_model(
+            input_ids=micro.input_ids,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            boundaries=micro.boundaries,
+            longest=micro.longest,
+        )
+    return out.last_hidden_state[0, micro.action_at]
+
+
+def packed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
+    boundaries: Tensor, longest: int, scaling: float, sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention of each sequence of a packed row to itself; query (1, heads, T, d) → (1, T, heads, d).
+
+    The row is unfolded to (S, heads, longest, d), each sequence left-aligned. What stands behind a short sequence is
+    the beginning of its neighbour: causality keeps the real queries from looking that far, and the outputs of the rest
+    are dropped. Models find it under the name "packed" (transformers' attention interface), which, having no mask
+    function of its own, also keeps transformers from building a mask.
+    """
+    if sliding_window is not None:
+        raise ValueError(
+            "packed attention has no sliding window; use a model whose layers attend to the whole sequence"
+        )
+    start, end = boundaries[:-1, None], boundaries[1:, None]
+    at = start + torch.arange(longest, device=query.device)  # (S, longest) place in the row
+    inside = at < end
+    at = at.clamp(max=query.shape[2] - 1)
+    q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (S, heads, longest, d)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)[inside][None], None
+
+
+AttentionInterface.register("packed", packed_attention)

@@ -1,0 +1,268 @@
+"""Every setting of a run, and every check that can be made before a weight is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import data
+import tiny
+from data import Problem
+from log import prepare_folder
+from reward import Grader
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the paper's (arXiv 2503.24290, §3.1); `--model` brings those of a size.
+    Where the authors' code differs from the paper, the field says so."""
+
+    model: str = "tiny"
+    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`: a model made here in about a minute."""
+    data: str = ""
+    """Training problems: JSON in the authors' form, or JSONL with question and answer. `tiny` brings its own."""
+    eval_data: str = ""
+    """Held-out problems in the same forms; none: no evaluation."""
+    run: str = ""
+    """Name of the run; its folder is <runs>/<run>. Default: the model's name and the seed."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    overwrite: bool = False
+    """Replace the run folder if it already holds a run."""
+    seed: int = 0
+    """Every random stream of the run derives from it (and, for `tiny`, the base model's)."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM on a GPU, else transformers."""
+
+    steps: int = 1000
+    """Iterations of rollout and update. (The 32B run took 1,100, then 100 annealing.)"""
+    prompts: int = 128
+    """Problems per iteration (§3.1)."""
+    samples: int = 64
+    """Responses per problem (§3.1)."""
+    prompt_tokens: int = 2048
+    """Longest prompt; a longer one is an error, never cut (authors' code: 2,048, cut)."""
+    response_tokens: int = 8000
+    """Longest response; one that reaches it is truncated and gets reward 0 (authors' code: 8,000; 32B: 16k context)."""
+    temperature: float = 1.0
+    """Sampling temperature (§3.1)."""
+    top_p: float = 1.0
+    """Nucleus sampling mass (§3.1)."""
+    template: Literal["authors", "paper"] = "authors"
+    """Prompt wording: the one the released models were trained with, or Table 1's."""
+    drop_bad_rows: bool = False
+    """Leave out rows whose gold answer cannot be parsed or whose prompt is too long, instead of stopping."""
+
+    advantage: Literal["gae", "grpo"] = "gae"
+    """gae: PPO with a critic, the paper. grpo: group-normalised rewards and no critic, its comparison."""
+    gamma: float = 1.0
+    """Discount γ of GAE (§3.1; §3.3 shows why)."""
+    lam: float = 1.0
+    """λ of GAE (§3.1; Fig. 7)."""
+    eps: float = 0.2
+    """Clip range ε of Eq. 1; without effect on a strictly on-policy step."""
+    policy_steps: int = 1
+    """Policy optimizer steps per iteration; 1 is strictly on-policy (§3.1; Fig. 12 has 8)."""
+    critic_steps: int = 12
+    """Critic optimizer steps per iteration, each on its own mini-batch (§3.1)."""
+    policy_lr: float = 1e-6
+    """Learning rate of the policy (§3.1)."""
+    critic_lr: float = 5e-6
+    """Learning rate of the critic (§3.1)."""
+    policy_warmup: int = 50
+    """Policy optimizer steps of linear warm-up (§3.1)."""
+    critic_warmup: int = 50
+    """Critic optimizer steps of linear warm-up (§3.1)."""
+    anneal_steps: int = 0
+    """Anneal the policy's rate linearly over this many iterations (the paper's last stage: 100); 0: constant."""
+    anneal_to: float = 3e-7
+    """Rate at the end of annealing (§3.1)."""
+    max_norm: float = 1.0
+    """Gradient norm is clipped to it, policy and critic apart (authors' code)."""
+    value_clip: float = 0.0
+    """0: the paper's squared error (Eq. 2); 0.2: the authors' clipped one."""
+    value_head: Literal["authors", "paper", "zeros"] = "authors"
+    """Initial value head: N(0, 1/(d+1)²), the paper's printed U(−√5, √5), or 0."""
+    kl_loss: float = 0.0
+    """Coefficient of a KL loss to the base model (Fig. 8's ablation; the recipe has none)."""
+    kl_reward: float = 0.0
+    """Coefficient β of a KL penalty in the reward (Fig. 8's ablation; the recipe has none)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of both KL terms."""
+    tis_cap: float = 0.0
+    """Cap of truncated importance sampling against sampler-trainer mismatch; 0: off, as in the paper."""
+
+    require_boxed: bool = False
+    """Accept only answers in \\boxed{} inside the answer tags, as the authors' code does."""
+    grader_workers: int = 2
+    """Processes that grade."""
+    grader_seconds: float = 3.0
+    """Deadline per answer; one that takes longer counts as wrong and as a timeout."""
+    eval_every: int = 0
+    """Evaluate every so many iterations; 0: only before and after the training."""
+    eval_samples: int = 1
+    """Responses per held-out problem (the paper's tables: 16)."""
+    micro_tokens: int = 16384
+    """Input tokens of a packed micro-batch; changes memory, not results (authors' packing length at 7B)."""
+    rows: int = 256
+    """Sequences the sampler holds at once."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights are float32 always."""
+    vllm_memory: float = 0.4
+    """Share of the GPU's memory that vLLM may take."""
+    logp_gap: float = 0.1
+    """Refuse to start when sampler and trainer differ by more than this per token on average (nats): a wrong sampler."""
+    keep_rollouts: int = 16
+    """Responses of each iteration written to rollouts.jsonl."""
+
+
+QWEN: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {"micro_tokens": 10048, "rows": 128},
+    "Qwen2.5-1.5B": {"micro_tokens": 10048, "rows": 128},
+    "Qwen2.5-7B": {"micro_tokens": 16384, "rows": 128},
+    "Qwen2.5-32B": {"response_tokens": 14000, "steps": 1100, "rows": 128},
+}
+TINY: dict[str, Any] = {
+    "steps": 50, "prompts": 32, "samples": 8, "prompt_tokens": 64, "response_tokens": 128, "policy_lr": 1e-3,
+    "critic_lr": 2e-3, "policy_warmup": 5, "critic_warmup": 20, "micro_tokens": 8192,
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line → Config: the preset of `--model` first, then the flags given. An unknown flag is an error that names
+    the nearest; a bare size such as Qwen2.5-7B becomes its hub id."""
+    model = _flag(argv, "model") or "tiny"
+    preset = TINY if model == "tiny" else QWEN.get(model.removeprefix("Qwen/"), {})
+    cfg = tyro.cli(
+        Config, args=list(argv), default=Config(**{"model": model} | preset), description=__doc__, prog="train.py"
+    )
+    name = cfg.run or f"{Path(cfg.model).name}-seed{cfg.seed}"
+    return replace(cfg, model=f"Qwen/{model}" if model in QWEN else cfg.model, run=name)
+
+
+def _flag(argv: Sequence[str], name: str) -> str:
+    for i, arg in enumerate(argv):
+        if arg == f"--{name}":
+            return argv[i + 1] if i + 1 < len(argv) else ""
+        if arg.startswith(f"--{name}="):
+            return arg.split("=", 1)[1]
+    return ""
+
+
+def check(cfg: Config) -> None:
+    """Numbers that cannot work, and paths that do not exist. Raises ValueError or OSError with what to change."""
+    positive = ["steps", "prompts", "samples", "prompt_tokens", "response_tokens", "temperature", "policy_steps", "critic_steps", "policy_lr", "critic_lr", "max_norm", "grader_workers", "grader_seconds", "eval_samples", "micro_tokens", "rows"]  # fmt: skip
+    for field in fields(cfg):
+        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        if field.name in positive and not value > 0:
+            raise ValueError(f"{flag} {value}: must be above 0")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{flag} {value}: must not be negative")
+    for name in ("gamma", "lam", "top_p"):
+        if not 0 <= getattr(cfg, name) <= 1 or (name == "top_p" and cfg.top_p == 0):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be within {'(0' if name == 'top_p' else '[0'}, 1]"
+            )
+    responses = cfg.prompts * cfg.samples
+    for name in ("policy_steps", "critic_steps"):
+        if getattr(cfg, name) > responses:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: an iteration of {cfg.prompts} prompts × {cfg.samples} samples has "
+                f"only {responses} responses to divide; lower it or raise --prompts or --samples"
+            )
+    if cfg.advantage == "grpo" and cfg.samples < 2:
+        raise ValueError("--advantage grpo compares the samples of a problem: --samples must be at least 2")
+    if cfg.micro_tokens < cfg.prompt_tokens + cfg.response_tokens:
+        raise ValueError(
+            f"--micro-tokens {cfg.micro_tokens} cannot hold one sequence of --prompt-tokens {cfg.prompt_tokens} + "
+            f"--response-tokens {cfg.response_tokens}"
+        )
+    if cfg.model != "tiny" and not cfg.data:
+        raise ValueError("--data is missing: JSON in the authors' form, or JSONL with question and answer")
+
+
+class Inputs(NamedTuple):
+    """What a run needs besides weights."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    eos: list[int]
+    problems: list[Problem]
+    heldout: list[Problem]
+    grader: Grader
+
+
+def prepare(cfg: Config) -> Inputs:
+    """Refuse what cannot work, then load what is cheap.
+
+    No weight is loaded here (`tiny` makes its model on first use). Raises ValueError or OSError in one clear line.
+    """
+    check(cfg)
+    prepare_folder(Path(cfg.runs) / cfg.run, cfg.overwrite)
+    path, train_file, eval_file = cfg.model, cfg.data, cfg.eval_data
+    if cfg.model == "tiny":
+        folder = tiny.ensure(cfg.seed)
+        path, train_file, eval_file = (
+            str(folder),
+            train_file or str(folder / "train.json"),
+            eval_file or str(folder / "heldout.json"),
+        )
+    problems = data.load(train_file)
+    heldout = data.load(eval_file) if eval_file else []
+    model_config = _model_config(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    eos = _eos_ids(path, tokenizer)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit and cfg.prompt_tokens + cfg.response_tokens > limit:
+        raise ValueError(
+            f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens} is over the {limit} positions of {path}"
+        )
+    if len(tokenizer) > model_config.vocab_size:
+        raise ValueError(f"{path}: tokenizer of {len(tokenizer)} tokens, but a model of {model_config.vocab_size}")
+    if len(problems) < cfg.prompts:
+        raise ValueError(f"{train_file}: {len(problems)} problems are fewer than --prompts {cfg.prompts}")
+
+    template = data.TEMPLATES[cfg.template]
+    problems = data.tokenize(problems, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows)
+    heldout = data.tokenize(heldout, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows) if heldout else []
+    grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
+    problems, heldout = (_gradable(rows, grader, cfg.drop_bad_rows) for rows in (problems, heldout))
+    return Inputs(path, tokenizer, eos, problems, heldout, grader)
+
+
+def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Problem]:
+    good = grader.check_golds([p.answer for p in problems])
+    for problem, ok in zip(problems, good, strict=True):
+        if not ok and not drop:
+            raise ValueError(
+                f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}, so no response could ever be right; "
+                "mend the row or pass --drop-bad-rows"
+            )
+    return [p for p, ok in zip(problems, good, strict=True) if ok]
+
+
+def _model_config(path: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as wrong:
+        raise ValueError(
+            f"--model {path}: not a folder or hub id with a readable model ({str(wrong).splitlines()[0]})"
+        ) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise ValueError(f"--model {path}: a {config.model_type} model is not a causal language model")
+    return config
+
+
+def _eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        listed = None  # a folder need not have a generation config; the tokenizer then says
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if not ids:
+        raise ValueError(f"--model {path}: neither tokenizer nor generation config names an end-of-sequence token")
+    return sorted(ids)

@@ -1,0 +1,204 @@
+"""The run folder, and one readable line a step.
+
+runs/<name>/  config.json      every resolved setting, versions, git revision
+              metrics.jsonl    one object a step
+              evaluations.jsonl  held-out metrics before, during and after
+              rollouts.jsonl   some sampled responses of every step
+              tensorboard/     the metrics again, as events
+              *.png            figures drawn at the end (report.py)
+              policy/ critic/  Hugging Face folders
+"""
+
+import json
+import math
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rollout import Rollout
+
+COLUMNS = {  # metric → (heading, width, format)
+    "step": ("step", 5, "d"),
+    "reward": ("reward", 6, ".3f"),
+    "length": ("length", 7, ".1f"),
+    "format": ("format", 6, ".3f"),
+    "reflection": ("reflect", 7, ".3f"),
+    "entropy": ("entropy", 7, ".3f"),
+    "explained_variance": ("expl.var", 8, ".3f"),
+    "logp_gap": ("|Δlogp|", 7, ".0e"),
+    "tokens_per_second": ("tok/s", 6, ".0f"),
+    "seconds": ("sec", 5, ".1f"),
+    "left": ("left", 6, "s"),
+}
+
+
+Evaluated = tuple[dict[str, float], list[Rollout]]
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make the run folder, or raise an OSError or ValueError that says what to do, before anything expensive."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"{folder} already holds a run; choose another --run or pass --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as wrong:
+        raise OSError(f"{folder}: cannot write the run folder ({wrong.strerror}); choose another --runs") from None
+
+
+class RunLog:
+    """Where a run writes; use as a context manager. Lines are flushed as they are written, so a run that dies leaves
+    everything up to its last step."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.steps, self.keep = folder, config.steps, config.keep_rollouts
+        self.gap_limit, self.began, self.console = config.logp_gap, time.perf_counter(), Console(highlight=False, soft_wrap=True)
+        for old in (*folder.glob("tensorboard/*"), *folder.glob("*.jsonl"), *folder.glob("*.png")):
+            old.unlink()
+        described = asdict(config) | {"versions": _versions(), "machine": platform.platform(), "revision": _revision()}
+        (folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+        self.metrics = (folder / "metrics.jsonl").open("w")
+        self.rollouts = (folder / "rollouts.jsonl").open("w")
+        self.events = SummaryWriter(str(folder / "tensorboard"))
+        self.seconds: dict[str, float] = {}
+        bar = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*bar, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("training", total=self.steps)
+
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+        self.metrics.close()
+        self.rollouts.close()
+        self.events.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a stage of the step; the bar says which one is running."""
+        self.progress.update(self.task, description=name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def saved_if_not_finite(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
+        """Turn a FloatingPointError inside into one that names a file with the step's rollouts, ids and all."""
+        try:
+            yield
+        except FloatingPointError as wrong:
+            path = self.folder / f"failed-step-{step}.jsonl"
+            with path.open("w") as file:
+                for r in rollouts:
+                    ids = {"prompt_ids": r.problem.prompt_ids, "ids": r.ids, "logprobs": r.logprobs}
+                    print(json.dumps(transcript(r) | ids, ensure_ascii=False), file=file)
+            raise FloatingPointError(
+                f"step {step}: {wrong}; weights are as before the update, the step's rollouts are in {path}"
+            ) from wrong
+
+    def step(self, step: int, record: dict[str, float], rollouts: Sequence[Rollout]) -> None:
+        """Write the metrics of a step, some of its rollouts, and its line."""
+        seconds = sum(self.seconds.values())
+        tokens = sum(len(r.ids) for r in rollouts)
+        record = {"step": step, **record, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        record |= {f"seconds_{name}": s for name, s in self.seconds.items()}
+        record["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.seconds = {}
+        print(json.dumps(_finite(record)), file=self.metrics, flush=True)
+        for name, value in record.items():
+            self.events.add_scalar(name, value, step)
+        for r in rollouts[:: max(1, len(rollouts) // max(1, self.keep))][: self.keep]:
+            print(json.dumps({"step": step, **transcript(r)}, ensure_ascii=False), file=self.rollouts)
+        self.rollouts.flush()
+
+        per_step = (time.perf_counter() - self.began) / (step + 1)
+        left = per_step * (self.steps - step - 1)
+        shown = record | {"left": f"{int(left // 60)}:{int(left % 60):02d}"}
+        if step % 25 == 0:
+            self.console.print(" ".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()), style="bold")
+        self.console.print(
+            " ".join(f"{shown.get(k, math.nan):>{width}{form}}" for k, (_, width, form) in COLUMNS.items())
+        )
+        if record["logp_gap"] > self.gap_limit:
+            self.console.print(
+                f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red"
+            )
+        self.progress.advance(self.task)
+
+    def evaluation(self, step: int, result: Evaluated) -> Evaluated:
+        """Record a held-out evaluation made after `step` updates, in evaluations.jsonl, as events and as a line."""
+        record, rollouts = result
+        with (self.folder / "evaluations.jsonl").open("a") as file:
+            print(json.dumps({"step": step, "problems": len(rollouts)} | _finite(record)), file=file)
+        for name, value in record.items():
+            self.events.add_scalar(f"heldout/{name}", value, step)
+        self.console.print(
+            f"held-out after {step} steps: accuracy {record['reward']:.3f}, length {record['length']:.1f}, format "
+            f"{record['format']:.3f} on {len(rollouts)} responses", style="bold"
+        )  # fmt: skip
+        return result
+
+    def before_after(self, before: Evaluated, after: Evaluated) -> None:
+        """The closing table: held-out metrics before and after training, and two problems answered twice: the first that
+        was learned, and the first that is still wrong."""
+        (before, old), (after, new) = before, after
+        pairs = list(zip(old, new, strict=True))
+        learned = next((p for p in pairs if p[0].reward < p[1].reward), None)
+        wrong = next((p for p in pairs if p[1].reward == 0), None)
+        table = Table(title="held-out problems", title_justify="left")
+        for heading in ("", "before", "after"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name in ("reward", "length", "format", "reflection", "truncated"):
+            table.add_row("accuracy" if name == "reward" else name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+        self.console.print(table)
+        for first, last in filter(None, (learned, wrong)):
+            self.console.print(f"\n{first.problem.question}   gold {first.problem.answer}", style="bold", markup=False)
+            self.console.print(f"  before (R={first.reward:.0f}){first.text}", markup=False)
+            self.console.print(f"  after  (R={last.reward:.0f}){last.text}", markup=False)
+
+
+def transcript(r: Rollout) -> dict[str, Any]:
+    """A rollout as one JSON object for people: texts, not ids."""
+    return {
+        "problem": r.problem.source, "question": r.problem.question, "gold": r.problem.answer, "response": r.text,
+        "answer": r.answer, "reward": r.reward, "finish": r.finish, "tokens": len(r.ids), "timeout": r.timeout,
+    }  # fmt: skip
+
+
+def _finite(record: dict[str, float]) -> dict[str, float]:
+    """JSON has no NaN: a quantity that a step does not have is left out."""
+    return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "math-verify", "numpy")}
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

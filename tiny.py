@@ -1,0 +1,268 @@
+"""The embedded default: a synthetic reasoning task and a base model made in about a minute, on one core.
+
+    problems ──document──▶ prompt + response text ──encode──▶ ids ──train──▶ a Hugging Face folder of 0.1M parameters
+
+The task is to add distinct digits, `7+5+9+4=?`. A guess is right about one time in twelve; adding one digit at a time
+is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to such
+problems, under the full prompt template, so it stands for a pre-trained model as a toy does: it can already add step by
+step, and it rarely chooses to.
+
+What the corpus makes possible, and therefore what a run on it cannot show:
+
+- The long styles (`chain`, `recheck`) are in the corpus, are rare, and are right far more often than the short ones.
+  That length grows with the reward is then a matter of choosing among habits the model has; no new skill is needed.
+- Badly formatted answers are in the corpus and earn nothing, so the format ratio has room to rise.
+- The reflection words are in the corpus. A recheck states the result of a step again: after most slips, now and then
+  after a right step, itself as fallible as any step. Whether rechecking pays, and so whether it grows under RL, is left
+  to the run; it says nothing about reflection in real models.
+- The skill is made first and the habits last: four fifths of the training see mostly careful chains, the last fifth
+  mostly guesses and bad format, as a large pre-training mixture would bury the skill.
+
+Trained on the response tokens only. The same seed gives the same data everywhere, and the same weights with the same
+torch on the same kind of processor. The held-out problems are never seen: not in the corpus, not in train.json.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from data import TEMPLATE
+
+TRAIN, HELDOUT = 20_000, 1_024
+DIGITS = range(4, 9)  # digits in a problem; all nine would always add up to 45
+STEPS, DOCUMENTS, CHUNKS, RATE = 900, 64, 2, 4e-3
+SKILL_PHASE = 0.8
+# Style shares and the chance of a wrong result per step, in the two phases of the training.
+SKILL = {"direct": 0.03, "chain": 0.57, "recheck": 0.37, "bad": 0.03}, 0.02
+HABIT = {"direct": 0.56, "chain": 0.10, "recheck": 0.06, "bad": 0.28}, 0.08
+RECHECK_SLIP, RECHECK_RIGHT = 0.8, 0.15  # chance of a recheck after a slip and after a right step
+GUESS_SPREAD = 5.0
+RECHECKS = ("wait,", "recheck:", "retry:", "however,", "alternatively,")
+GUESSES = ("so", "about", "maybe", "i guess")
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+# A number below 100, a word, a tag and a box are one token each. The closing brace and `</answer>` are one token too:
+# apart, nothing in a 0/1 reward keeps a model from writing `}}}}` before the tag.
+SPLIT = r" ?\d{1,2}|\}? ?</?[a-z]+>| ?\\?[A-Za-z]+\{?| ?[^\sA-Za-z\d]|\s"
+
+
+def problems(seed: int) -> tuple[list[str], list[str]]:
+    """Questions for training and held-out questions, all different."""
+    rng = random.Random(f"problems/{seed}")
+    questions: dict[str, None] = {}
+    while len(questions) < TRAIN + HELDOUT:
+        questions[question(rng)] = None
+    return list(questions)[HELDOUT:], list(questions)[:HELDOUT]
+
+
+def question(rng: random.Random) -> str:
+    """`7+5+9+4=?`: distinct digits, so that "which digit comes after 5" has one answer."""
+    return "+".join(map(str, rng.sample(range(1, 10), rng.choice(DIGITS)))) + "=?"
+
+
+def digits(text: str) -> list[int]:
+    """The digits of a question."""
+    return [int(d) for d in text.removesuffix("=?").split("+")]
+
+
+def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
+    """One corpus response to a question, in one of the styles of `SKILL` and `HABIT`; it follows `<think>`."""
+    guess = max(1, round(rng.gauss(sum(digits(text)), GUESS_SPREAD)))
+    if style == "direct":
+        return f" {rng.choice(GUESSES)} {guess} </think> <answer> \\boxed{{{guess}}} </answer>"
+    if style in ("chain", "recheck"):
+        steps, total = chain(rng, text, style == "recheck", slip)
+        return f"{steps} so {total} </think> <answer> \\boxed{{{total}}} </answer>"
+    steps, total = chain(rng, text, False, slip) if rng.random() < 0.1 else (f" {rng.choice(GUESSES)}", guess)
+    # None of these may earn a reward: a bad format that does would be learnt, rightly, and the format ratio never rise.
+    endings = (
+        f" {total}",
+        f" {total} \\boxed{{{total}}}",
+        f" {total} </think> \\boxed{{{total}}}",
+        f" {total} </think> the sum is {total}.",
+        f" {total} </think> <answer> \\boxed{{{total}}}",
+        f" {total} </think> <answer> the sum is {total}. </answer>",
+    )
+    return steps + rng.choice(endings)
+
+
+def chain(rng: random.Random, text: str, rechecks: bool, slip: float) -> tuple[str, int]:
+    """The sum one digit at a time, and where it ended: ` 7+5=12, 12+9=20, wait, 21, 21+4=25,`."""
+
+    def stated(result: int) -> int:
+        return max(1, result + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else result
+
+    total, *rest = digits(text)
+    parts = []
+    for digit in rest:
+        right = total + digit
+        result = stated(right)
+        parts.append(f" {total}+{digit}={result},")
+        if rechecks and rng.random() < (RECHECK_RIGHT if result == right else RECHECK_SLIP):
+            result = stated(right)
+            parts.append(f" {rng.choice(RECHECKS)} {result},")
+        total = result
+    return "".join(parts), total
+
+
+def document(rng: random.Random, mix: dict[str, float], slip: float, unseen: frozenset[str]) -> tuple[str, str]:
+    """A question that is not in `unseen` and a response to it."""
+    while (text := question(rng)) in unseen:
+        pass
+    return text, respond(rng, text, rng.choices(list(mix), list(mix.values()))[0], slip)
+
+
+def tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level, so any text survives; each piece of the corpus that `SPLIT` finds is one token, and so is each of the
+    two halves of the template, which are kept word for word but would be 500 tokens of prose to a model this small."""
+    rng = random.Random(f"tokenizer/{seed}")
+    texts = [respond(rng, question(rng), style, 0.1) for style in HABIT[0] for _ in range(2_000)]
+    numbers = [f"{space}{n}" for space in ("", " ") for n in range(100)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    words = {piece for text in [*texts, *numbers] for piece, _ in pieces.pre_tokenize_str(text)}
+    vocab = {piece: i for i, piece in enumerate(sorted(alphabet) + sorted(words - set(alphabet)))}
+    # With ignore_merges a piece in the vocabulary is itself a token, and with no merges anything else is its bytes.
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    bpe.pre_tokenizer = pieces
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(EOS, normalized=False), AddedToken(PAD, normalized=False)])
+    bpe.add_tokens([AddedToken(half, normalized=False) for half in TEMPLATE.split("{question}")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def encode(tok: PreTrainedTokenizerFast, documents: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Ids of prompt + response + EOS, and the prompt's length. The template's two tokens are put around the question by
+    id: searching each prompt for 600 characters of template would take longer than the training step."""
+    before, after = (tok.convert_tokens_to_ids(half) for half in TEMPLATE.split("{question}"))
+    asked, answered = zip(*documents, strict=True)
+    pairs = zip(tok(list(asked))["input_ids"], tok(list(answered))["input_ids"], strict=True)
+    return [([before, *q, after, *r, tok.eos_token_id], len(q) + 2) for q, r in pairs]
+
+
+def train(tok: PreTrainedTokenizerFast, unseen: frozenset[str], seed: int, steps: int) -> Qwen2ForCausalLM:
+    """The base model: the skill first, the habits last."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        initializer_range=0.08,  # at the usual 0.02 a model this narrow learns no chain in three million tokens
+        bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.02 + 0.98 * (1 + math.cos(math.pi * i / steps)) / 2)
+    )
+    rng = random.Random(f"corpus/{seed}")
+    bar = tqdm(range(steps), desc="base model", unit="step", mininterval=0.5)
+    seen, started = 0, time.perf_counter()
+    for i in bar:
+        mix, slip = SKILL if i < SKILL_PHASE * steps else HABIT
+        batch = encode(tok, [document(rng, mix, slip, unseen) for _ in range(DOCUMENTS)])
+        answer_tokens = sum(len(ids) - prompt for ids, prompt in batch)
+        # Sorting by length saves padding. The chunks share one denominator, else long responses would weigh less than
+        # their share and the model would seldom write them.
+        batch.sort(key=lambda document: len(document[0]))
+        size = DOCUMENTS // CHUNKS
+        loss = sum(
+            _backward(model, batch[c : c + size], answer_tokens, tok.pad_token_id) for c in range(0, DOCUMENTS, size)
+        )
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seen += sum(len(ids) for ids, _ in batch)
+        rate = seen / (time.perf_counter() - started)
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.0f}k tokens/s", refresh=False)
+    return model.eval()
+
+
+def _backward(model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]], denominator: int, pad: int) -> float:
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
+    targets = torch.tensor([[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in batch])
+    # Padding is on the right, so the causal mask alone keeps it out of sight.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / denominator
+    loss.backward()
+    return loss.item()
+
+
+def make(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
+    """Write the base model, its tokenizer, train.json, heldout.json and samples.txt into `folder`."""
+    started = time.perf_counter()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    training, heldout = problems(seed)
+    for name, questions in (("train.json", training), ("heldout.json", heldout)):
+        rows = [
+            [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": str(sum(digits(q)))}}]
+            for q in questions
+        ]
+        (folder / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    unseen, rng = frozenset(heldout), random.Random(f"samples/{seed}")
+    samples = [document(rng, *phase, unseen) for phase in [SKILL] * 20 + [HABIT] * 40]
+    (folder / "samples.txt").write_text("".join(f"{q} <think>{r}\n" for q, r in samples), encoding="utf-8")
+    tok = tokenizer()
+    model = train(tok, unseen, seed, steps)
+    tok.save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=True
+    )
+    model.save_pretrained(folder)
+    print(
+        f"base model: {model.num_parameters():,} parameters, {steps} steps, {len(training):,} + {len(heldout):,} "
+        f"problems, {time.perf_counter() - started:.0f} s -> {folder}"
+    )
+
+
+def ensure(seed: int = 0, cache: Path = Path(".cache")) -> Path:
+    """The folder of this seed, made if it is not there yet. It is named after this file's text, so that a changed
+    recipe makes a new model; and it appears whole or not at all."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + TEMPLATE.encode()).hexdigest()[:10]
+    folder = Path(cache) / f"tiny-{seed}-{recipe}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+            make(Path(unfinished) / "whole", seed)
+            try:
+                os.replace(Path(unfinished) / "whole", folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster, with the same result
+                    raise
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded base model and its problems.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder to write (default: a cached folder under .cache)")
+    args = parser.parse_args()
+    if args.out:
+        make(args.out, args.seed)
+    else:
+        print(ensure(args.seed))
+
+
+if __name__ == "__main__":
+    main()
