@@ -1,4 +1,4 @@
-r"""The reward: R = 1 if the final answer equals the gold answer, else 0. No format reward, no partial credit.
+r"""The reward (§2.1.2): R = 1 if the final answer equals the gold answer, else 0. No format reward, no partial credit.
 
     response ──extract──▶ answer ──Grader──▶ worker process: Math-Verify(gold, answer) ──▶ R ∈ {0, 1}
 
@@ -7,36 +7,36 @@ r"""The reward: R = 1 if the final answer equals the gold answer, else 0. No for
 | content | answer | example |
 |---|---|---|
 | holds a `\boxed{…}` | what is in the last box, braces balanced | `so \boxed{\frac{1}{2}}` → `\frac{1}{2}` |
-| a box that never closes | none | `\boxed{5` → `` |
-| a bare answer | all of it | `x = 5`, `12 cm`, `(C)`, `\text{Evelyn}`, `no real solution` |
-| prose: over 6 words, or a word that makes a sentence (`SENTENCE`) | none | `The answer is 5.` → `` |
-| no closed `<answer>` (a box elsewhere does not count) | none | `</think> \boxed{5}` → `` |
+| holds a box that never closes | none | `\boxed{5` → `` |
+| is prose: over 6 words, or one of `SENTENCE` among several | none | `The answer is 5.` → `` |
+| is bare | all of it | `x = 5`, `12 cm`, `(C)`, `\text{Evelyn}`, `no real solution` |
 
-`require_boxed=True` is the authors' code: without a box inside the tags there is no answer.
+Nothing outside the tags counts, boxed or not. `require_boxed=True` is the authors' code: no box, no answer.
 
-**Comparison.** No answer is 0 at once. Otherwise gold and answer are each read *whole*, as one formula: Math-Verify left
-to itself searches a text for anything that looks like a number, so a guess hidden in words would be paid. In that order
-(gold first; `verify` is not symmetric), with these rules where Math-Verify alone reads too little or too much:
+**Comparison.** No answer is 0 at once. Else gold and answer are each read *whole*, as one formula. (Math-Verify left to
+itself searches a text for whatever looks like a number, and would pay for a guess inside a sentence.) Where Math-Verify
+alone reads too little or too much:
 
-| rule | equal | still unequal |
+| rule | equal (gold, answer) | still unequal |
 |---|---|---|
-| text is compared as words, without case or article | `\text{ellipse}`, `An ellipse` | `\text{even}`, `odd` |
-| a letter as gold is a choice; text after the letter is free | `C`, `(C)`, `C. 5 m` | `C`, `B`; `C`, `B. C` |
-| plain and unicode notation is LaTeX | `\sqrt{53}`, `√53`; `\frac{\pi}{2}`, `pi/2` | `\sqrt{53}`, `√5` |
-| `U` between intervals is a union | `(-\infty,2)\cup(3,\infty)`, `(-inf, 2) U (3, inf)` | `(0,1)`, `[0,1)` |
+| text is compared as words, without case or article | `\text{ellipse}`, `An ellipse` | `\text{least}`, `stale` |
+| a letter as gold is a choice, what follows it is free | `C`, `(C)`; `C`, `C. 5 m` | `C`, `B`; `C`, `(C) or (B)` |
+| plain text and unicode stand for LaTeX | `\sqrt{53}`, `√53`; `\frac{\pi}{2}`, `pi/2` | `\sqrt{53}`, `√5` |
+| `U` between intervals is ∪ | `(-\infty,2)\cup(3,\infty)`, `(-inf, 2) U (3, inf)` | `(0,1)`, `[0,1)` |
+| an inequality is its interval | `[-2,7]`, `-2 \le x \le 7` | `[-2,7]`, `-2 \le x < 7` |
 | ordinals are numbers | `12`, `12^{\text{th}}`; `12`, `12th` | `12`, `13th` |
 | a unit or noun after a number is dropped | `1320`, `1320 km`; `48`, `48 cupcakes` | `48`, `48 or more` |
-| a scale word is not a unit | `5000000`, `5 million`; `24`, `2 dozen` | `5`, `5 million` |
-| percent: the bare number or the fraction | `50\%`, `50`; `50\%`, `0.5` | `50`, `0.5`; `3`, `300` |
-| degrees and dollars are dropped | `90^\circ`, `90°`; `\$18.90`, `18.9` | `90^\circ`, `100` |
-| 1,000 and 1 000 are one number, 1, 000 is a list | `1000`, `1,000`; `1000`, `1 000` | `32349`, `32, 349` |
-| decimal comma, where the gold is a decimal | `2.5`, `2,5` | `2.345`, `2,345`; `3,5`, `3.5` |
+| a scale word is no unit | `5000000`, `5 million`; `24`, `2 dozen` | `5`, `5\text{ million}` |
+| percent: the number or the fraction | `50\%`, `50`; `50\%`, `0.5` | `50`, `0.5`; `3`, `300` |
+| degrees and currency are dropped | `90^\circ`, `90°`; `\$18.90`, `18.9` | `90^\circ`, `100` |
+| thousands may be set apart, a list may not be joined | `1000`, `1,000`; `1000`, `1 000` | `32349`, `32, 349` |
+| a decimal comma, if the gold has a point | `2.5`, `2,5` | `2.345`, `2,345`; `3,5`, `3.5` |
 | mixed numbers | `\frac{3}{2}`, `1 1/2` | `\frac{11}{2}`, `1 1/2` |
-| tuples are ordered, lists and sets are not | `1,2`, `2,1`; `1,2`, `2 and 1` | `(1,2)`, `(2,1)`; `2`, `2,-1` |
-| numbers alike to 12 digits | `\sqrt{51}`, `10\sqrt{0.51}` | `\frac{1}{3}`, `0.33` |
+| tuples are ordered, lists and sets are not | `1,2`, `2 and 1`; `\{1,2\}`, `\{2,1\}` | `(1,2)`, `(2,1)`; `2`, `2,-1` |
+| numbers alike to 12 digits are equal | `\sqrt{51}`, `10\sqrt{0.51}` | `\frac{1}{3}`, `0.33` |
 
-**Workers.** A model writes `9^{9^9}` sooner or later, and nothing in Python can interrupt it. So every comparison runs in a
-separate process with a limit on its memory; one that is not done by its deadline is killed, counted and replaced.
+**Workers.** Sooner or later a model writes `9^{9^9}`, and nothing inside Python can interrupt that. So comparisons run in
+separate processes of limited memory; one that misses its deadline is killed, counted, and replaced.
 """
 
 import json
@@ -52,13 +52,18 @@ import time
 import warnings
 from collections import OrderedDict, deque
 from contextlib import suppress
+from math import inf
 from typing import NamedTuple
 
-SENTENCE = set("is are was were be has have can cannot we it there this that therefore thus hence because since so".split())
+SENTENCE = re.compile(
+    r"\b(is|are|was|were|be|has|have|can|cannot|we|it|there|this|that|therefore|thus|hence|because|since|so)\b", re.I
+)
 MAX_WORDS = 6
-MAX_CHARS = 2000  # no gold of the paper's data is near this long, and every parser here is slower than linear
-MEMORY = 1 << 30  # address space of one worker; sympy itself takes a quarter of it
+MAX_CHARS = 2000  # real answers stay far below, and every parser here is slower than linear
+MEMORY = 1 << 30  # bytes of address space for a worker; sympy alone takes a quarter of it
 CACHE = 200_000
+
+Pair = tuple[str, str]  # gold, answer
 
 
 class Grade(NamedTuple):
@@ -71,7 +76,7 @@ class Grade(NamedTuple):
 
 
 def extract(response: str, require_boxed: bool = False) -> str:
-    """The final answer of a response, "" if it gives none (table above). `<think>` is not looked at."""
+    """The final answer of a response, "" if it gives none (first table above)."""
     closed = [piece.partition("</answer>")[0] for piece in response.split("<answer>")[1:] if "</answer>" in piece]
     content = closed[-1].strip() if closed else ""
     if "\\boxed" in content:
@@ -80,109 +85,101 @@ def extract(response: str, require_boxed: bool = False) -> str:
 
 
 def _last_box(text: str) -> str:
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for mark in re.finditer(r"\\.|[{}]", text[start:], re.S):
+    inside = text.rpartition("\\boxed")[2].lstrip()
+    depth = 0
+    for mark in re.finditer(r"\\.|[{}]", inside, re.S):
         depth += {"{": 1, "}": -1}.get(mark.group(), 0)
         if depth == 0:
-            return text[start : start + mark.start()].strip()
+            return inside[1 : mark.start()].strip() if inside[0] == "{" else ""
     return ""
 
 
 def _is_prose(text: str) -> bool:
-    plain = re.sub(r"\\(?:text|mbox|textbf|mathrm)\b|\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
-    words = re.findall(r"[^\W\d_]{2,}", plain.lower())
-    return len(words) > MAX_WORDS or (len(plain.split()) > 1 and not SENTENCE.isdisjoint(words))
+    plain = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
+    words = len(re.findall(r"[^\W\d_]{2,}", plain))
+    return words > MAX_WORDS or (len(plain.split()) > 1 and SENTENCE.search(plain) is not None)
 
 
-# ── comparison, in the worker ────────────────────────────────────────────────────────────────────────────────────────
+# ── comparison, in a worker ──────────────────────────────────────────────────────────────────────────────────────────
 
 _TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_SYMBOLS = str.maketrans(
-    dict(
-        zip(
-            "π∞θ×·÷−–≤≥±∪∩°∈√²³",
-            r"\pi  |\infty |\theta |\times |\cdot |/|-|-|\le |\ge |\pm |\cup |\cap |^\circ |\in |sqrt|^2|^3".split("|"),
-            strict=True,
-        )
-    )
-)
 _SCALE = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9", "dozen": "12"}
-_NOT_A_UNIT = (
-    r"(?:or|and|to|at|more|less|mod|over|plus|minus|times|point|squared|cubed|factorial|half|halves|thirds|quarters|\w+ths)"
-)
+# Words after a number that change it, so that it would be wrong to drop them as if they were units.
+_OPERATOR = r"(?:or|and|to|more|less|over|plus|minus|times|point|squared|cubed|factorial|half|halves|\w+ths|thirds|quarters)"
+_UNIT = rf"(?![a-z ]*\b{_OPERATOR}\b)(?:[A-Za-z]{{3,}}|[ckm]m|[km]?g|ft|in|sq)(?: [A-Za-z]{{2,}}){{0,2}}(?:\^\{{?\d\}}?)?"
 _REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"(?<!\\)\\[\[\]()]|\\?\$|[€£]", ""),  # math delimiters and currency
-        (r"\\q?quad\b|(?<!\\)\\[ ,;:!]|~|\s+", " "),
-        (r"[\s.\\]+$|^\s+", ""),
+    (re.compile(written), meant)
+    for written, meant in [
+        (r"(?<!\\)\\[\[\]()]|\\?\$|[€£]|(?<=\d),\\! ?(?=\d{3})|\\!", ""),
+        (r"(?<!\\)\\[ ,;:]|\\q?quad\b|\s+", " "),
+        (r"[\s.:\\]+$|^\s+", ""),
+        ("∞", r"\\infty "),
+        ("°", r"^\\circ "),
+        ("²", "^2"),
+        ("³", "^3"),
         (r"\*\*", "^"),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"(?<![A-Za-z\\])inf(?:inity|ty)?(?![A-Za-z])", r"\\infty "),
         (r"(?<![A-Za-z\\])(pi|theta|alpha|beta|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
-        (r"(?<=[)\]}]) ?(?:U|union) ?(?=[(\[{\\])", r"\\cup "),
-        (r"(\d) ?\^? ?\{? ?(?:\\(?:text|mathrm|mbox)\s*\{ ?)?(?:st|nd|rd|th)\b ?\}* ?$", r"\1"),
-        (r",? ?(?:\\text\{,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])) ?", ", "),
-        (r"(?<=\d) ?(?:\\text\{ ?)?(" + "|".join(_SCALE) + r")\b\}?", lambda m: r"\cdot " + _SCALE[m[1]]),
-        (r" ?(?:\\text\{ ?)?(?:percent|percentage|pct)\b\}?", r"\\%"),
-        (r"^([-+]?\d[\d.,]*) (?![A-Za-z ]*\b" + _NOT_A_UNIT + r"\b)[A-Za-z]{3,}(?: [A-Za-z]{2,}){0,2}$", r"\1"),
-        (r"^([-+]?\d{1,3}(?: \d{3})+)$", lambda m: m[1].replace(" ", "")),
+        (r"(?<=[)\]}]) ?U ?(?=[(\[{\\])", r"\\cup "),
+        (r"(?<=\d) ?\^? ?\{? ?(?:\\(?:text|mathrm|mbox)\{ ?)?(?:st|nd|rd|th)\b[ }]*$", ""),
+        (r"(?<=\d) ?(?:\\text\{ ?)?(" + "|".join(_SCALE) + r")\b\}?", lambda word: r"\cdot " + _SCALE[word[1]]),
+        (rf"^([-+]?\d[\d.,]*) {_UNIT}$", r"\1"),
+        (r"^[-+]?\d{1,3}(?: \d{3})+$", lambda number: number[0].replace(" ", "")),
         (r"^([-+]?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"(?<!\\)sqrt ?(\d+|[a-z])\b", r"\\sqrt{\1}"),
+        (r"√|(?<!\\)sqrt", r"\\sqrt "),
+        (r"(?<=\d) ?(?:\\text\{ ?)?(?:and|or) ?\}? ?(?=[A-Za-z][\w()]* ?=)", "; "),
+        (r"\\sqrt ?(\d+|[a-z]\b)", r"\\sqrt{\1}"),
     ]
 ]
 
 
 def _latex(text: str) -> str:
-    """A gold or an answer as one LaTeX formula, by the rules of the table."""
-    text = text.translate(_SYMBOLS)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    while (simpler := re.sub(r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)) != text:
-        text = simpler
+    for written, meant in _REWRITES:
+        text = written.sub(meant, text)
+    while (inner := re.sub(r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)) != text:
+        text = inner
     return text
 
 
 def _words(text: str) -> str:
-    plain = _TEXT.sub(r" \1 ", text).strip(" .$").casefold()
-    plain = re.sub(r"^(?:an?|the) ", "", " ".join(plain.split()))
-    # A short run of letters may as well be a product: ab = ba. Text that is marked as such, or longer, is not.
-    long_enough = 2 if _TEXT.search(text) else 4
-    return plain if re.fullmatch(r"[a-z][a-z ,'-]*", plain) and re.search(rf"[a-z]{{{long_enough}}}", plain) else ""
+    plain = " ".join(_TEXT.sub(r" \1 ", text).strip(" .$").casefold().split())
+    # Few letters may be a product, and ab = ba; marked as text, or more of them, they are a word.
+    letters = 2 if _TEXT.search(text) else 4
+    is_text = re.fullmatch(r"[a-z][a-z0-9 ,'-]*", plain) and re.search(rf"[a-z]{{{letters}}}", plain)
+    return re.sub(r"^(?:an?|the) ", "", plain) if is_text else ""
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether gold and answer say the same. Only for workers: it may never return and takes what memory it gets."""
+    """Whether the two say the same (second table above). Call it in a worker only: it may never return."""
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr
 
-    if (words := _words(answer)) and _words(gold):
-        return words == _words(gold)
-    letter, chosen = (_TEXT.sub(r"\1", text).strip(" $") for text in (gold, answer))
-    if choice := re.fullmatch(r"\(?([A-Z])\)?\.?", letter):
-        if option := re.match(r"\(?([A-Z])(?:[).:]|$)", chosen):
-            return option[1] == choice[1]
-    if re.fullmatch(r"-?\d+\.\d+", gold.strip()) and re.fullmatch(r"-?\d+,(?!\d{3}$)\d+", answer.strip()):
+    if (gold_words := _words(gold)) and (words := _words(answer)):
+        return gold_words == words
+    letter, choice = (_TEXT.sub(r"\1", text).strip(" $") for text in (gold, answer))
+    letter = re.fullmatch(r"\(?([A-Z])\)?\.?", letter)
+    choice = re.match(r"\(?([A-Z])(?:[).:](?!.*(?:\bor\b|\b[A-Z][).]))|$)", choice, re.S)
+    if letter and choice:
+        return letter[1] == choice[1]
+    if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,(?!\d{3}$)\d+", answer):
         answer = answer.replace(",", ".")
-    whole = [LatexExtractionConfig(boxed_match_priority=-1)]  # no ExprExtractionConfig: it would search for numbers
-    expected, given = (parse(f"${_latex(text)}$", whole, parsing_timeout=None) for text in (gold, answer))
-    if verify(expected, given, timeout_seconds=None):
+
+    whole = [LatexExtractionConfig(boxed_match_priority=-1)]  # and no ExprExtractionConfig, which would search
+    expected, given = (parse(f"${_latex(text)}$", whole, "no_fallback", parsing_timeout=None) for text in (gold, answer))
+    if verify(expected, given, allow_set_relation_comp=True, timeout_seconds=None):
         return True
     if not (expected and given and isinstance(expected[0], Expr) and isinstance(given[0], Expr)):
         return False
-    difference = (expected[0] - given[0]).doit()
-    return not difference.free_symbols and bool(abs(difference.evalf()) <= 1e-12 * abs(expected[0].evalf()))
+    size, difference = abs(expected[0]).evalf(), abs(expected[0] - given[0]).evalf()
+    return bool(size.is_number and size.is_finite and difference.is_number and difference <= 1e-12 * size)
 
 
 def _work(deadline: float) -> None:
     with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    equal("1", "\\frac{2}{2}")  # imports sympy and builds the parser before the first clock starts
+    equal("1", "\\frac{2}{2}")  # import and build the parser before the first clock runs
     print("ready", flush=True)
     for line in sys.stdin:
-        # The parent kills what is late. Should the parent itself be gone, nobody else would end an endless comparison.
+        # The caller kills what is late. Should the caller be gone, an endless comparison still has to end.
         signal.alarm(int(2 * deadline) + 2)
         try:
             same = equal(*json.loads(line))
@@ -197,8 +194,8 @@ def _work(deadline: float) -> None:
 
 class _Worker:
     def __init__(self, deadline: float) -> None:
-        # A new program, not a fork: the caller holds threads and a GPU. Its own session, so that Ctrl-C reaches the
-        # caller alone; it ends when its standard input does. -P: no file of this folder may shadow an import of sympy.
+        # A program of its own, not a fork: the caller holds threads and a GPU. In its own session, so that Ctrl-C
+        # reaches the caller alone; it ends when its input does. -P: no file of this folder may shadow a library's.
         self.process = subprocess.Popen(
             [sys.executable, "-P", os.path.abspath(__file__), "--worker", str(deadline)],
             stdin=subprocess.PIPE,
@@ -208,12 +205,12 @@ class _Worker:
             start_new_session=True,
         )
         self.ready = False
-        self.pair: tuple[str, str] | None = None
-        self.due = 0.0
+        self.pair: Pair | None = None
+        self.due = inf
 
-    def send(self, pair: tuple[str, str], deadline: float) -> None:
+    def send(self, pair: Pair, deadline: float) -> None:
         self.pair, self.due = pair, time.monotonic() + deadline
-        with suppress(BrokenPipeError):  # it died while idle: the end of its output says so next
+        with suppress(BrokenPipeError):  # it died while idle; the end of its output will say so
             self.process.stdin.write(json.dumps(pair).encode() + b"\n")
 
     def kill(self) -> None:
@@ -224,18 +221,19 @@ class _Worker:
 
 
 class Grader:
-    """Grades on `workers` processes, which start at once and import while the caller goes on.
+    r"""Grades with `workers` processes. They start at once and import while the caller goes on.
 
     >>> with Grader() as grader:
-    ...     grader.grade(["2+2 is 4</think> <answer>\\boxed{4}</answer>"], ["4"])
+    ...     grader.grade([r"two and two</think> <answer>\boxed{4}</answer>"], ["4"])
     [Grade(reward=1.0, answer='4', timeout=False)]
     """
 
     def __init__(self, workers: int = 2, deadline: float = 3.0, require_boxed: bool = False) -> None:
         self.deadline, self.require_boxed = deadline, require_boxed
-        self._known: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._known: OrderedDict[Pair, bool] = OrderedDict()
         self._lock = threading.Lock()
         self._failed_starts = 0
+        self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         for _ in range(workers):
             self._start()
@@ -247,88 +245,91 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        for worker in self._workers():
+        for worker in list(self._workers):
             self._stop(worker)
         self._selector.close()
 
     def grade(self, responses: list[str], golds: list[str]) -> list[Grade]:
-        """One grade per response: `extract`, then `equal`. A comparison beyond the deadline is a timeout and earns 0."""
+        """One grade per response. A comparison beyond the deadline earns 0 and is marked as a timeout."""
         answers = [extract(response, self.require_boxed) for response in responses]
         verdicts = self.equal(golds, answers)
         late = verdicts.count(None)
         if late > max(1, 0.05 * len(verdicts)):
             warnings.warn(
-                f"{late} of {len(verdicts)} answers hit the grader's deadline of {self.deadline} s and earned 0; if they "
-                "are ordinary answers the machine is overloaded: use fewer workers or a longer deadline",
+                f"{late} of {len(verdicts)} answers missed the grader's deadline of {self.deadline} s and earned 0. "
+                "If they are ordinary answers, the machine is overloaded: use fewer workers or a longer deadline.",
                 stacklevel=2,
             )
         return [Grade(float(v is True), a, v is None) for v, a in zip(verdicts, answers, strict=True)]
 
     def equal(self, golds: list[str], answers: list[str]) -> list[bool | None]:
-        """Whether each answer equals its gold; None where the deadline passed. Equal pairs are compared once."""
-        pairs = list(zip((g.strip() for g in golds), (a.strip() for a in answers), strict=True))
-        verdicts: dict[tuple[str, str], bool | None] = {}
+        """Whether each answer equals its gold; None where the deadline passed. Like pairs are compared once."""
+        pairs = [(gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)]
+        verdicts: dict[Pair, bool | None] = {}
         for gold, answer in pairs:
-            if not answer or len(answer) > MAX_CHARS:
+            if not answer or answer == gold:  # the same text is the same answer, whatever it means
+                verdicts[gold, answer] = bool(answer)
+            elif len(answer) > MAX_CHARS:
                 verdicts[gold, answer] = False
-            elif answer == gold:  # safe whatever it means: the same text is the same answer
-                verdicts[gold, answer] = True
         verdicts |= self._compare([pair for pair in dict.fromkeys(pairs) if pair not in verdicts])
         return [verdicts[pair] for pair in pairs]
 
     def check_golds(self, golds: list[str]) -> list[bool]:
-        """False for a gold that could never be earned: not readable, or not equal to itself once read."""
+        """False for a gold that cannot be earned: not readable, or once read not equal to itself."""
         pairs = [(gold.strip(), gold.strip()) for gold in golds]
         verdicts = self._compare(list(dict.fromkeys(pair for pair in pairs if pair[0])))
         return [bool(verdicts.get(pair)) for pair in pairs]
 
-    def _compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+    def _compare(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
         with self._lock:
-            verdicts: dict[tuple[str, str], bool | None] = {}
-            waiting: deque[tuple[str, str]] = deque()
-            for pair in pairs:
-                if pair in self._known:
+            verdicts: dict[Pair, bool | None] = {pair: self._known[pair] for pair in pairs if pair in self._known}
+            waiting = deque(pair for pair in pairs if pair not in verdicts)
+            retried: set[Pair] = set()
+            try:
+                while len(verdicts) < len(pairs):
+                    self._turn(waiting, verdicts, retried)
+            finally:  # after an interruption nobody waits for these any more
+                for worker in [worker for worker in self._workers if worker.pair]:
+                    self._replace(worker)
+            for pair, verdict in verdicts.items():
+                if verdict is not None:  # a timeout is not a verdict, and not remembered
+                    self._known[pair] = verdict
                     self._known.move_to_end(pair)
-                    verdicts[pair] = self._known[pair]
-                else:
-                    waiting.append(pair)
-            retried: set[tuple[str, str]] = set()
-            while len(verdicts) < len(pairs):
-                for worker in self._workers():
-                    if waiting and worker.ready and worker.pair is None:
-                        worker.send(waiting.popleft(), self.deadline)
-                busy = [worker for worker in self._workers() if worker.pair]
-                patience = min((w.due for w in busy), default=float("inf")) - time.monotonic()
-                for key, _ in self._selector.select(None if patience == float("inf") else max(0.0, patience)):
-                    worker, line = key.data, key.fileobj.readline()
-                    if not line:  # it died: memory, or killed from outside. Its pair gets a second chance, no third.
-                        if worker.pair in retried:
-                            verdicts[worker.pair] = False
-                        elif worker.pair:
-                            retried.add(worker.pair)
-                            waiting.append(worker.pair)
-                        self._replace(worker)
-                    elif not worker.ready:
-                        worker.ready, self._failed_starts = True, 0
-                    else:
-                        verdicts[worker.pair] = self._known[worker.pair] = line.strip() == b"1"
-                        worker.pair = None
-                for worker in busy:
-                    if worker.pair and time.monotonic() >= worker.due and worker in self._workers():
-                        verdicts[worker.pair] = None  # not remembered: a timeout is no verdict
-                        self._replace(worker)
             while len(self._known) > CACHE:
                 self._known.popitem(last=False)
             return verdicts
 
-    def _workers(self) -> list[_Worker]:
-        return [key.data for key in self._selector.get_map().values()]
+    def _turn(self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]) -> None:
+        """Give work to idle workers, wait for one to speak, die or miss its deadline, and act on it."""
+        for worker in self._workers:
+            if waiting and worker.ready and not worker.pair:
+                worker.send(waiting.popleft(), self.deadline)
+        due = min(worker.due for worker in self._workers)
+        for key, _ in self._selector.select(None if due == inf else max(0.0, due - time.monotonic())):
+            worker, line = key.data, key.fileobj.readline()
+            if not line:  # dead: out of memory, or killed from outside. Its pair gets a second chance and no third.
+                if worker.pair in retried:
+                    verdicts[worker.pair] = False
+                elif worker.pair:
+                    retried.add(worker.pair)
+                    waiting.append(worker.pair)
+                self._replace(worker)
+            elif worker.pair:
+                verdicts[worker.pair] = line.strip() == b"1"
+                worker.pair, worker.due = None, inf
+            else:
+                worker.ready, self._failed_starts = True, 0
+        for worker in [worker for worker in self._workers if worker.due <= time.monotonic()]:
+            verdicts[worker.pair] = None
+            self._replace(worker)
 
     def _start(self) -> None:
         worker = _Worker(self.deadline)
+        self._workers.append(worker)
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
     def _stop(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
         self._selector.unregister(worker.process.stdout)
         worker.kill()
 
@@ -336,7 +337,8 @@ class Grader:
         self._stop(worker)
         self._failed_starts += not worker.ready
         if self._failed_starts > 3:
-            raise RuntimeError(f"the grader's workers do not start; see why with: {sys.executable} -P {__file__} --worker 3")
+            command = f"{sys.executable} -P {os.path.abspath(__file__)} --worker {self.deadline}"
+            raise RuntimeError(f"the grader's workers do not start; this command says why: {command}")
         self._start()
 
 

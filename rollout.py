@@ -103,6 +103,9 @@ class VllmEngine:
             max_num_seqs=max_rows,
             gpu_memory_utilization=memory,
             enforce_eager=not on_gpu,
+            # A prompt read in pieces rewinds its random stream, which vLLM can do on a GPU only.
+            enable_chunked_prefill=on_gpu,
+            max_num_batched_tokens=max(max_len, 8192),
             enable_prefix_caching=True,
             generation_config="vllm",  # nothing but our own sampling parameters
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature and top-p

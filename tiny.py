@@ -3,8 +3,8 @@
     problems ──document──▶ prompt + response text ──encode──▶ ids ──train──▶ a Hugging Face folder of 0.1M parameters
 
 The task is to add distinct digits, `7+5+9+4=?`. A guess is right about one time in twelve; adding one digit at a time
-is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to such
-problems, under the full prompt template, so it stands for a pre-trained model as a toy does: it can already add step by
+is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to
+such problems, under the full prompt template, so it stands for a pre-trained model as a toy does: it can already add step by
 step, and it rarely chooses to.
 
 What the corpus makes possible, and therefore what a run on it cannot show:
@@ -28,26 +28,27 @@ import json
 import math
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data import TEMPLATE
 
 TRAIN, HELDOUT = 20_000, 1_024
-DIGITS = range(4, 9)  # digits in a problem; all nine would always add up to 45
-STEPS, DOCUMENTS, CHUNKS, RATE = 900, 64, 2, 4e-3
+DIGITS = range(5, 9)  # how many digits a problem has; all nine would always add up to 45
+STEPS, DOCUMENTS, CHUNKS, RATE = 900, 64, 2, 5e-3
 SKILL_PHASE = 0.8
 # Style shares and the chance of a wrong result per step, in the two phases of the training.
 SKILL = {"direct": 0.03, "chain": 0.57, "recheck": 0.37, "bad": 0.03}, 0.02
-HABIT = {"direct": 0.56, "chain": 0.10, "recheck": 0.06, "bad": 0.28}, 0.08
+HABIT = {"direct": 0.56, "chain": 0.10, "recheck": 0.06, "bad": 0.28}, 0.10
 RECHECK_SLIP, RECHECK_RIGHT = 0.8, 0.15  # chance of a recheck after a slip and after a right step
 GUESS_SPREAD = 5.0
 RECHECKS = ("wait,", "recheck:", "retry:", "however,", "alternatively,")
@@ -55,7 +56,7 @@ GUESSES = ("so", "about", "maybe", "i guess")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 # A number below 100, a word, a tag and a box are one token each. The closing brace and `</answer>` are one token too:
 # apart, nothing in a 0/1 reward keeps a model from writing `}}}}` before the tag.
-SPLIT = r" ?\d{1,2}|\}? ?</?[a-z]+>| ?\\?[A-Za-z]+\{?| ?[^\sA-Za-z\d]|\s"
+WORD = r" ?\d{1,2}|\}? ?</?[a-z]+>| ?\\?[A-Za-z]+\{?| ?[^\sA-Za-z\d]|\s"
 
 
 def problems(seed: int) -> tuple[list[str], list[str]]:
@@ -124,33 +125,23 @@ def document(rng: random.Random, mix: dict[str, float], slip: float, unseen: fro
     return text, respond(rng, text, rng.choices(list(mix), list(mix.values()))[0], slip)
 
 
-def tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level, so any text survives; each piece of the corpus that `SPLIT` finds is one token, and so is each of the
-    two halves of the template, which are kept word for word but would be 500 tokens of prose to a model this small."""
-    rng = random.Random(f"tokenizer/{seed}")
+def tokenizer() -> Qwen2Tokenizer:
+    """Any text survives: 256 bytes, then every number, word and tag of the corpus as an added token, and so each of the
+    two halves of the template, kept word for word but 500 tokens of prose to a model this small. They are added tokens
+    because transformers loads every Qwen2 folder with Qwen2's own rules for splitting text, whatever the folder says;
+    an added token comes before those rules, which would take a number apart."""
+    rng = random.Random("words")
     texts = [respond(rng, question(rng), style, 0.1) for style in HABIT[0] for _ in range(2_000)]
-    numbers = [f"{space}{n}" for space in ("", " ") for n in range(100)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pieces = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    words = {piece for text in [*texts, *numbers] for piece, _ in pieces.pre_tokenize_str(text)}
-    vocab = {piece: i for i, piece in enumerate(sorted(alphabet) + sorted(words - set(alphabet)))}
-    # With ignore_merges a piece in the vocabulary is itself a token, and with no merges anything else is its bytes.
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    bpe.pre_tokenizer = pieces
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(EOS, normalized=False), AddedToken(PAD, normalized=False)])
-    bpe.add_tokens([AddedToken(half, normalized=False) for half in TEMPLATE.split("{question}")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
+    words = {word for text in texts for word in re.findall(WORD, text)}
+    words |= {f"{space}{number}" for space in ("", " ") for number in range(100)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[], eos_token=EOS, pad_token=PAD)
+    pieces = sorted(word for word in words if len(word) > 1) + TEMPLATE.split("{question}")
+    tok.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    return tok
 
 
-def encode(tok: PreTrainedTokenizerFast, documents: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
+def encode(tok: Qwen2Tokenizer, documents: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Ids of prompt + response + EOS, and the prompt's length. The template's two tokens are put around the question by
     id: searching each prompt for 600 characters of template would take longer than the training step."""
     before, after = (tok.convert_tokens_to_ids(half) for half in TEMPLATE.split("{question}"))
@@ -159,17 +150,18 @@ def encode(tok: PreTrainedTokenizerFast, documents: Iterable[tuple[str, str]]) -
     return [([before, *q, after, *r, tok.eos_token_id], len(q) + 2) for q, r in pairs]
 
 
-def train(tok: PreTrainedTokenizerFast, unseen: frozenset[str], seed: int, steps: int) -> Qwen2ForCausalLM:
+def train(tok: Qwen2Tokenizer, unseen: frozenset[str], seed: int, steps: int) -> Qwen2ForCausalLM:
     """The base model: the skill first, the habits last."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,  # heads of 32: the narrowest that vLLM can attend with on a CPU
+        max_position_embeddings=512, tie_word_embeddings=True,
         initializer_range=0.08,  # at the usual 0.02 a model this narrow learns no chain in three million tokens
         bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.02 + 0.98 * (1 + math.cos(math.pi * i / steps)) / 2)
     )
@@ -184,9 +176,7 @@ def train(tok: PreTrainedTokenizerFast, unseen: frozenset[str], seed: int, steps
         # their share and the model would seldom write them.
         batch.sort(key=lambda document: len(document[0]))
         size = DOCUMENTS // CHUNKS
-        loss = sum(
-            _backward(model, batch[c : c + size], answer_tokens, tok.pad_token_id) for c in range(0, DOCUMENTS, size)
-        )
+        loss = sum(_backward(model, batch[c : c + size], answer_tokens, tok.pad_token_id) for c in range(0, DOCUMENTS, size))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -200,10 +190,11 @@ def train(tok: PreTrainedTokenizerFast, unseen: frozenset[str], seed: int, steps
 def _backward(model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]], denominator: int, pad: int) -> float:
     width = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
-    targets = torch.tensor([[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in batch])
+    targets = torch.tensor([[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in batch])[:, 1:]
     # Padding is on the right, so the causal mask alone keeps it out of sight.
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / denominator
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    answers = targets != -100
+    loss = F.cross_entropy(model.lm_head(hidden[answers]), targets[answers], reduction="sum") / denominator
     loss.backward()
     return loss.item()
 
@@ -226,9 +217,7 @@ def make(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     tok = tokenizer()
     model = train(tok, unseen, seed, steps)
     tok.save_pretrained(folder)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=True
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=True)
     model.save_pretrained(folder)
     print(
         f"base model: {model.num_parameters():,} parameters, {steps} steps, {len(training):,} + {len(heldout):,} "

@@ -1,0 +1,149 @@
+"""policy.py and critic.py: log-probabilities without [tokens × vocabulary]; values read before the action."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rollouts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+import critic
+import policy
+from batch import micro_batches
+from checkpoint import export
+from data import Problem
+from metrics import explained_variance
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def one_row(problems: list[Problem], vocab: int, lengths: list[int]) -> policy.MicroBatch:
+    rollouts = random_rollouts(problems, vocab, lengths)
+    (micro,) = micro_batches(rollouts, range(len(lengths)), 10**6)
+    return micro
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_equal_the_naive_ones(
+    untied_folder: Path, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Values, entropy and gradients, with chunks that leave a remainder."""
+    model = policy.load_policy(str(untied_folder))
+    V = model.config.vocab_size
+    micro = one_row(problems, V, [30, 17, 44])
+    weights = torch.randn(len(micro.actions), generator=torch.Generator().manual_seed(0))
+
+    h = policy.hidden_states(model, micro)
+    log_softmax = (model.lm_head(h) / temperature).log_softmax(-1)
+    naive = log_softmax.gather(-1, micro.actions[:, None])[:, 0]
+    (naive * weights).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 16 * V)
+    logp, entropy = policy.token_logprobs(model, micro, temperature)
+    (logp * weights).sum().backward()
+    torch.testing.assert_close(logp, naive, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1), atol=1e-5, rtol=1e-5)
+    assert not entropy.requires_grad
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert float((p.grad - e).norm()) <= 1e-5 * float(e.norm())
+
+
+def test_tokens_times_vocabulary_never_exists(
+    model_folder: Path, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No operation of forward or backward returns a tensor of n × V elements, or more than a chunk of logits."""
+    model = policy.load_policy(str(model_folder))
+    V = model.config.vocab_size
+    micro = one_row(problems, V, [60] * 12)
+    n = len(micro.actions)
+    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 32 * V)
+    with Largest() as largest:
+        policy.token_logprobs(model, micro)[0].sum().backward()
+    other = max(p.numel() for p in model.parameters()), micro.input_ids.shape[1] * model.config.intermediate_size
+    assert largest.elements <= max(32 * V, *other, len(micro.boundaries) * micro.longest * 64)
+    assert largest.elements < n * V / 2
+
+
+def test_no_square_mask_is_built(model_folder: Path, problems: list[Problem]) -> None:
+    model = policy.load_policy(str(model_folder))
+    micro = one_row(problems, 100, [20] * 60)
+    T = micro.input_ids.shape[1]
+    with Largest() as largest:
+        policy.hidden_states(model, micro)
+    assert largest.elements < T * T / 4
+
+
+def test_value_is_read_before_the_action(model_folder: Path, problems: list[Problem]) -> None:
+    """Changing action t leaves V(s_0) … V(s_t) as they are and changes V(s_{t+1}); the last action changes nothing."""
+    model = critic.load_critic(str(model_folder))
+    (r,) = random_rollouts(problems, 100, [6])
+
+    def values() -> torch.Tensor:
+        (micro,) = micro_batches([r], [0], 1000)
+        return critic.token_values(model, micro).detach()
+
+    before = values()
+    assert before.shape == (6,)
+    r.ids[2] = (r.ids[2] + 1) % 100
+    after = values()
+    assert torch.equal(before[:3], after[:3])
+    assert bool((before[3:] != after[3:]).all())
+    r.ids[5] = (r.ids[5] + 1) % 100
+    assert torch.equal(values(), after)
+
+
+def test_value_heads(model_folder: Path) -> None:
+    """authors: N(0, 1/(d+1)²); paper: U(−√5, √5); zeros. Only the first and the last keep V(s_t) near the rewards."""
+    d = 64
+    std = {}
+    for head in ("authors", "paper", "zeros"):
+        weight = critic.load_critic(str(model_folder), head, seed=1).score.weight
+        assert weight.shape == (1, d)
+        std[head] = float(weight.detach().std())
+    assert std["authors"] == pytest.approx(1 / (d + 1), rel=0.3)
+    assert std["paper"] == pytest.approx((5 / 3) ** 0.5, rel=0.3)
+    assert std["zeros"] == 0
+    a, b = (critic.load_critic(str(model_folder), seed=s).score.weight for s in (1, 1))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="authors, paper or zeros"):
+        critic.load_critic(str(model_folder), "uniform")
+
+
+def test_printed_value_head_starts_far_outside_the_rewards(model_folder: Path, problems: list[Problem]) -> None:
+    """What the choice does: values of U(−√5, √5) have a spread far above that of any 0/1 reward, so they explain worse than
+    nothing (explained variance ≪ 0); the authors' head starts at about 0."""
+    micro = one_row(problems, 100, [10] * 8)
+    targets = torch.tensor([0.0, 1.0]).repeat_interleave(10).repeat(4)
+    spread = {}
+    for head in ("authors", "paper"):
+        v = critic.token_values(critic.load_critic(str(model_folder), head), micro).detach()
+        spread[head] = float(v.std())
+        if head == "paper":
+            assert explained_variance(v, targets) < -10
+    assert spread["authors"] < 0.3 < 3 < spread["paper"]
+
+
+def test_critic_folder_keeps_its_value_head(
+    tmp_path: Path, model_folder: Path, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """An exported critic gives the same values again, here and as transformers' sequence classifier."""
+    model = critic.load_critic(str(model_folder), "authors", seed=5)
+    export(model, tokenizer, tmp_path / "critic")
+    again = critic.load_critic(str(tmp_path / "critic"), "zeros")
+    micro = one_row(problems, 100, [4, 9])
+    assert torch.equal(critic.token_values(model, micro), critic.token_values(again, micro))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", dtype=torch.float32)
+    assert torch.equal(plain.score.weight, model.score.weight)

@@ -1,0 +1,287 @@
+"""The reward: what counts as an answer, what equals what, and a pool that survives anything a model can write."""
+
+import json
+import os
+import random
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reward
+from reward import Grade, Grader, extract
+
+HOSTILE = ["9^{9^{9^9}}", "999999999!", "\\int_0^1 \\sin(x^{x^x}) \\cos(e^{x^2}) dx", "2^{2^{100}} + 1"]
+QUICK = ["7" * 1500, "\\frac{" * 300 + "1", "(" * 900, "\x00", "\\boxed{", "\\left(\\right.", "\ud800", "{{}", "1e999999999"]
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=1, deadline=2.0) as grader:
+        yield grader
+
+
+def rows(*parts: str) -> list[dict]:
+    if "ORZ_DATA" not in os.environ:
+        pytest.skip("ORZ_DATA is not set")
+    return [json.loads(line) for line in Path(os.environ["ORZ_DATA"], *parts).read_text(encoding="utf-8").splitlines()]
+
+
+def verdicts(grader: Grader, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+    return dict(zip(pairs, grader.equal(*zip(*pairs, strict=True)), strict=True))
+
+
+# ── the docstring's tables are what the code does ────────────────────────────────────────────────────────────────────
+
+
+def table(header: str) -> list[list[str]]:
+    lines = reward.__doc__.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_extraction_table() -> None:
+    examples = [cell for *_, cell in table("| content | answer | example |")]
+    with_arrow = [re.findall(r"`([^`]*)`", cell) for cell in examples if "→" in cell]
+    bare = [re.findall(r"`([^`]+)`", cell) for cell in examples if "→" not in cell]
+    assert len(with_arrow) == 3 and len(bare) == 1
+    for content, answer in with_arrow:
+        assert extract(f"thinking</think> <answer>{content}</answer>") == answer
+    for content in bare[0]:
+        assert extract(f"thinking</think> <answer> {content} </answer>") == content
+
+
+def test_comparison_table(grader: Grader) -> None:
+    wanted = {}
+    for _, equal, unequal in table("| rule | equal (gold, answer) | still unequal |"):
+        for cell, verdict in ((equal, True), (unequal, False)):
+            for pair in cell.split("; "):
+                wanted[tuple(re.findall(r"`([^`]+)`", pair))] = verdict
+    assert len(wanted) > 40 and all(len(pair) == 2 for pair in wanted)
+    assert verdicts(grader, list(wanted)) == wanted
+
+
+# ── extraction ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("</think><answer>\\boxed{5}</answer>", "5"),
+        ("</think><answer>5</answer>", "5"),
+        ("<answer>1</answer> wait, <answer>2</answer>", "2"),
+        ("<answer>1</answer> <answer>2", "1"),
+        ("<answer><answer>3</answer>", "3"),
+        ("<answer>\\boxed{1} or rather \\boxed{2}</answer>", "2"),
+        ("<answer>\\boxed{\\boxed{4}}</answer>", "4"),
+        ("<answer>It is \\boxed{\\frac{1}{\\sqrt{2}}}.</answer>", "\\frac{1}{\\sqrt{2}}"),
+        ("<answer>\\boxed{\\{1, 2\\}}</answer>", "\\{1, 2\\}"),
+        ("<answer>\\boxed {6}</answer>", "6"),
+        ("<answer>\\boxed{}</answer>", ""),
+        ("<answer>\\boxed{7</answer>", ""),
+        ("<answer>\\boxed</answer>", ""),
+        ("\\boxed{8}</think><answer></answer>", ""),
+        ("\\boxed{8}", ""),
+        ("<answer>8", ""),
+        ("8</answer>", ""),
+        ("", ""),
+    ],
+)
+def test_extract(response: str, answer: str) -> None:
+    assert extract(response) == answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "x = 5",
+        "$x = 5$",
+        "\\text{Evelyn}",
+        "(C)",
+        "C. salt water",
+        "12 cm",
+        "48 cupcakes",
+        "No solution",
+        "\\text{two lines}",
+    ]
+    + ["A sphere with radius 6", "x = 2 or x = 3", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "equal", "f(2) < f(1)"],
+)
+def test_a_bare_answer_needs_no_box_unless_asked(answer: str) -> None:
+    assert extract(f"<answer>{answer}</answer>") == answer
+    assert extract(f"<answer>{answer}</answer>", require_boxed=True) == ""
+    assert extract(f"<answer>\\boxed{{{answer}}}</answer>", require_boxed=True) == answer
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "The answer is 5",
+        "x is 5",
+        "It is $5$.",
+        "Therefore $5$",
+        "We get 5.",
+        "there are 5 apples",
+        "\\text{the answer is } 5",
+    ]
+    + ["The digit in the thousandths place of this decimal number: 5", "\\(\\frac{3}{16}\\) as a decimal is 0.1875. So 5"],
+)
+def test_prose_gets_nothing(grader: Grader, prose: str) -> None:
+    assert grader.grade([f"</think><answer>{prose}</answer>"], ["5"]) == [Grade(0.0, "", False)]
+
+
+def test_a_guess_among_words_is_not_paid(grader: Grader) -> None:
+    guesses = ["not 5", "less than 5", "about 5 or 6", "5 or 6", "4, 5, 6", "5; 6", "answer: 5, or 6", "either $5$ or $6$"]
+    boxed = [f"<answer>\\boxed{{{guess}}}</answer>" for guess in guesses]
+    bare = [f"<answer>{guess}</answer>" for guess in guesses]
+    assert [grade.reward for grade in grader.grade(boxed + bare, ["5"] * 16)] == [0.0] * 16
+
+
+# ── comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+GOLDS = r"""5 ; -\frac{1}{2} ; \dfrac{3}{4} ; \left( 3, \frac{\pi}{2} \right) ; (-\infty, 2) \cup (3, \infty) ; [0,1) ; \text{Evelyn}
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} ; \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} ; A ; (C) ; \text{(D)} ; E ; 50\% ; 90^\circ
+1,000 ; 10,\!080 ; \$18.90 ; 864 \mbox{ inches}^2 ; 3 \pm 2 \sqrt{2} ; 1,-2 ; y = 2x + 3 ; x \in [-2,7] ; p - q ; 6 + 9i ; 2516_8
+\text{June 20} ; 12:00 ; x^2 + 2x + 1 ; \emptyset ; 137\frac{1}{2} ; 114\text{ square units} ; \text{odd} ; 0.\overline{3} ; 11\sqrt2
+x \le 5 ; \{1, 2, 3\} ; 5 \text{ million} ; PHONE HOME ; (AB + BC)^2 \leq 6(AD^2 + BD^2) ; f(2) < f(1) < f(4) ; \frac{TM}{MK} = 2"""
+
+
+def test_golds_as_the_data_writes_them_equal_themselves(grader: Grader) -> None:
+    golds = re.split(r" ; |\n", GOLDS)
+    assert [gold for gold, good in zip(golds, grader.check_golds(golds), strict=True) if not good] == []
+    answers = [gold.replace(" ", "") if "\\text" not in gold and "PHONE" not in gold else f" {gold} ." for gold in golds]
+    same = verdicts(grader, list(zip(golds, answers, strict=True)))
+    assert [pair for pair, equal in same.items() if not equal] == []
+    assert grader.check_golds(["", "  ", "\\frac{", "5"]) == [False, False, False, True]
+
+
+EQUAL = r"""\frac{3}{4} = 0.75 ; \frac{3}{4} = \dfrac34 ; \frac{3}{4} = 3/4 ; 2\pi = 2π ; 2\sqrt{3} = 2*sqrt(3) ; \sqrt{2+\sqrt{3}} = √(2+√3)
+5 = x = 5 ; x=5 = 5 ; x^2+2x+1 = (x+1)^2 ; 1,2 = x = 1 or x = 2 ; 1,2 = $1$ and $2$ ; 18 = 18 cm^2 ; 36 = 36 \text{ dollars}
+1320\text{ km} = 1320 ; 18.9 = \$18.90 ; 10,000 = 10000 ; 1000 = 1\,000 ; C = \textbf{(C)} ; \text{(C)} = C ; E = \text{E} ; \infty = infinity
+(1,2) = \left(1, 2\right) ; 3 \pm 2\sqrt{2} = 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 = 5, -5 ; 106 = 128 - 24 + 2 = 106 ; 0.5 = 50\%
+(2, \infty) = x > 2 ; 90^\circ = 90 degrees ; 50\% = 50 percent ; p=5,q=2;p=7,q=2 = p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2"""
+UNEQUAL = r"""(0,1) = [0,1] ; (2,\infty) = x \ge 2 ; (1,2) = (2,1) ; (1,2) = (1,2,3) ; 1,2 = 1 ; 1,2 = 12 ; 2 = 2,-1 ; 5 = -5 ; 5 = \pm 5
+50 = 0.5 ; 0.5 = 50 ; 42 = 4200 ; 100 = 1 ; 3 = 300 ; 5 \text{ million} = 5 ; 2 = 2 halves ; 25 = 25 squared ; 5 = 5x ; 5x = 5 ; 2 = 2i
+x \le 5 = x \ge 5 ; x < 5 = x \le 5 ; 5 = x < 5 ; 5 = \ne 5 ; x+1 = y+1 ; A = B ; A = AB ; A = (A) or (B) ; \text{Evelyn} = Angela
+\infty = -\infty ; \pi = 3.14 ; \sqrt{2} = 1.41 ; 120000 = 120,006 ; \begin{pmatrix} 1 \\ 2 \end{pmatrix} = \begin{pmatrix} 2 \\ 1 \end{pmatrix}
+0 = \text{} ; 0 = - ; 0 = no solution ; \frac{1}{0} = \frac{2}{0} ; 12:00 = 1:00 ; x \in [-2,7] = [-2,7) ; 60^\circ = 61^\circ"""
+
+
+@pytest.mark.parametrize(("lines", "verdict"), [(EQUAL, True), (UNEQUAL, False)], ids=["equal", "unequal"])
+def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
+    pairs = [tuple(re.split(r" = ", line, maxsplit=1)) for line in re.split(r" ; |\n", lines)]
+    pairs = [pair if pair[0] != "p" else ("p=5", "5") for pair in pairs]
+    assert [pair for pair, equal in verdicts(grader, pairs).items() if equal is not verdict] == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9), st.sampled_from(["{}", "${}$", "{}.0", "{:,}", "x = {}"]))
+def test_integers_are_equal_iff_they_are(grader: Grader, gold: int, other: int, form: str) -> None:
+    assert grader.equal([str(gold)] * 2, [form.format(gold), form.format(other)]) == [True, gold == other]
+
+
+# ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_hostile_answers_end_in_time_and_spare_their_neighbours() -> None:
+    with Grader(workers=2, deadline=1.0) as grader:
+        assert grader.equal(["1/2"], ["0.5"]) == [True]
+        answers = HOSTILE + QUICK + ["1" * 1_000_000, "0.25"]
+        start = time.monotonic()
+        with pytest.warns(UserWarning, match=rf"\d of {len(answers)} answers missed the grader's deadline of 1.0 s"):
+            grades = grader.grade([f"<answer>{answer}</answer>" for answer in answers], ["1/4"] * len(answers))
+        assert time.monotonic() - start < 4 * len(HOSTILE)
+        assert [grade.reward for grade in grades] == [0.0] * (len(answers) - 1) + [1.0]
+        assert grades[0].timeout and not grades[-1].timeout
+        assert grader.equal(["1/3"], ["2/6"]) == [True]
+
+
+def test_a_dead_worker_is_replaced_and_costs_no_answer_its_reward() -> None:
+    with Grader(workers=1) as grader:
+        assert grader.equal(["1/2"], ["0.5"]) == [True]
+        dead = grader._workers[0].process
+        os.kill(dead.pid, signal.SIGKILL)
+        assert grader.equal(["1/3"], ["2/6"]) == [True]
+        assert grader._workers[0].process.pid != dead.pid
+
+
+def test_workers_end_with_the_grader() -> None:
+    start = time.monotonic()
+    grader = Grader(workers=2)
+    assert time.monotonic() - start < 0.5  # the imports are not waited for
+    processes = [worker.process for worker in grader._workers]
+    grader.close()
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_workers_end_when_their_input_does() -> None:
+    with Grader(workers=1) as grader:
+        assert grader.equal(["1/2"], ["0.5"]) == [True]
+        process = grader._workers[0].process
+        process.stdin.close()
+        assert process.wait(timeout=5) == 0
+
+
+def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
+    pairs = [(f"\\frac{{{n}}}{{6}}", f"{n % 4}/{n % 3 + 1}") for n in range(40)]
+    with Grader(workers=3) as three:
+        assert verdicts(three, pairs) == verdicts(grader, pairs)
+    assert 0 < sum(map(bool, verdicts(grader, pairs).values())) < 40
+
+
+def test_a_thread_may_grade(grader: Grader) -> None:
+    results = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(grader.equal([f"{n}/2"], [f"{n / 2}"]))) for n in (1, 3, 5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[True]] * 3
+
+
+def test_like_pairs_are_compared_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    send = reward._Worker.send
+    monkeypatch.setattr(reward._Worker, "send", lambda *args: (sent.append(args[1]), send(*args)))
+    responses = ["<answer>14/4</answer>"] * 50 + ["<answer>3.5</answer>"] * 50
+    assert all(grade.reward == 1.0 for grade in grader.grade(responses + responses, ["3.5"] * 200))
+    assert sent == [("3.5", "14/4")]  # and the same text needs no comparison
+    assert grader.equal(["3.5"], ["14/4"]) == [True] and len(sent) == 1
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward.sys, "executable", "/bin/false")
+    grader = Grader(workers=1)
+    with pytest.raises(RuntimeError, match="do not start; this command says why"):
+        grader.equal(["1/2"], ["0.5"])
+    grader.close()
+
+
+# ── real answers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pairs_judged_by_hand(grader: Grader) -> None:
+    tests = rows("answer_tests", "hard_manual.jsonl")
+    wanted = {(row["gold"], row["pred"]): bool(row["expected"]) for row in tests}
+    assert verdicts(grader, list(wanted)) == wanted
+
+
+def test_real_responses(grader: Grader) -> None:
+    labelled = [row for row in rows("responses", "responses.jsonl") if row["fmt"] == "orz_think_answer"]
+    # The train log's labels are the rewards of another checker, wrong where it is.
+    labelled = [row for row in labelled if row["set"] != "orz_fork_train_log"]
+    sample = random.Random(0).sample(labelled, 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grades = grader.grade([row["pred"] for row in sample], [row["gold"] for row in sample])
+    wrong = [
+        (row["gold"], grade.answer) for row, grade in zip(sample, grades, strict=True) if grade.reward != row["expected"]
+    ]
+    assert wrong == []

@@ -1,0 +1,222 @@
+"""rollout.py: both engines give what the trainer would have given, and follow its weights."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import data
+import tiny
+from batch import over_tokens
+from data import Problem
+from policy import load_policy, token_logprobs
+from rollout import STOP, Rollout, Sampling, TransformersEngine, VllmEngine, draw, sample, sync
+
+Engine = VllmEngine | TransformersEngine
+SAMPLING = Sampling(max_tokens=40)
+
+
+OPEN: dict[tuple[str, Path], Engine] = {}  # a vLLM engine that is dropped takes the process groups of the others along
+
+
+def open_engine(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    eos = [tokenizer.eos_token_id]
+    if (kind, folder) in OPEN:
+        return OPEN[kind, folder]
+    if kind == "vllm":
+        pytest.importorskip("vllm")
+        OPEN[kind, folder] = VllmEngine(str(folder), eos, "float32", 512, 64, 0.4, seed=0)
+    else:
+        OPEN[kind, folder] = TransformersEngine(str(folder), tokenizer, eos, "float32", "cpu", max_rows=64)
+    return OPEN[kind, folder]
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(kind: str, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    return open_engine(kind, model_folder, tokenizer)
+
+
+@pytest.fixture
+def policy(engine: Engine, model_folder: Path) -> PreTrainedModel:
+    """The trainer's policy, with the engine in step with it."""
+    policy = load_policy(str(model_folder))
+    sync(engine, policy)
+    return policy
+
+
+def gap(policy: PreTrainedModel, rollouts: list[Rollout], temperature: float = 1.0) -> float:
+    """Largest |Δ log-prob| between sampler and trainer."""
+    trainer = over_tokens(lambda m: token_logprobs(policy, m, temperature)[0], rollouts, 4096, "cpu")
+    return float((trainer - torch.tensor([p for r in rollouts for p in r.logprobs])).abs().max())
+
+
+def perturb(policy: PreTrainedModel, seed: int = 0) -> None:
+    """Another policy of the same shape: every weight moved by about a tenth of its size."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.1 * p.abs().mean() * torch.randn(p.shape, generator=random))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree(
+    engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], temperature: float
+) -> None:
+    rollouts = sample(engine, tokenizer, problems, 4, Sampling(40, temperature), "0/0")
+    assert [r.problem for r in rollouts] == [p for p in problems for _ in range(4)]
+    assert all(len(r.ids) == len(r.logprobs) >= 1 for r in rollouts)
+    assert gap(policy, rollouts, temperature) <= 1e-4
+
+
+def test_sampler_follows_the_new_weights(
+    engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    perturb(policy)
+    stale = sample(engine, tokenizer, problems, 2, SAMPLING, "0/1")
+    assert gap(policy, stale) > 1e-2
+    sync(engine, policy)
+    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/1")) <= 1e-4
+
+
+def test_a_tied_head_must_be_passed_by_name(
+    kind: str, engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """First silent failure: `named_parameters` of a tied model does not list the head, and vLLM keeps the old one."""
+    perturb(policy, seed=1)
+    named = dict(policy.named_parameters())
+    assert "lm_head.weight" not in named
+    engine.load_weights(named.items())
+    off = gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/2"))
+    assert off > 1e-2 if kind == "vllm" else off <= 1e-4  # in transformers the two are one tensor
+    sync(engine, policy)
+    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/2")) <= 1e-4
+
+
+def test_the_prefix_cache_must_not_outlive_the_weights(
+    engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second silent failure: keys and values of long prompts, computed with the old weights, answer for the new ones."""
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("only vLLM keeps prefixes between calls")
+    ids = tokenizer.encode("+".join(str(1 + i % 9) for i in range(150)) + "=?")
+    assert len(ids) > 256  # two blocks of the CPU build
+    long = [Problem("long", "", "", tuple(ids))]
+    sample(engine, tokenizer, long, 2, SAMPLING, "0/3")
+    perturb(policy, seed=2)
+    with monkeypatch.context() as without:
+        without.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+        sync(engine, policy)
+        assert gap(policy, sample(engine, tokenizer, long, 2, SAMPLING, "0/3")) > 1e-2
+    sync(engine, policy)
+    assert gap(policy, sample(engine, tokenizer, long, 2, SAMPLING, "0/3")) <= 1e-4
+
+
+def test_a_sampler_with_other_weights_is_refused(
+    engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """Third silent failure: an engine that takes the weights and does not use them. Only log-probabilities show it."""
+    from config import Config
+    from train import refuse_wrong_sampler
+
+    cfg = Config(temperature=1.0)
+    refuse_wrong_sampler(cfg, policy, sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4"))
+    stale = sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="does not hold the policy's weights"):
+        refuse_wrong_sampler(cfg, policy, stale)
+
+
+def test_untied_models_sync(
+    kind: str, untied_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    engine = open_engine(kind, untied_folder, tokenizer)
+    policy = load_policy(str(untied_folder))
+    perturb(policy)
+    sync(engine, policy)
+    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/5")) <= 1e-4
+
+
+def test_same_seed_same_rollouts(
+    engine: Engine, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """Also when the rest of the batch is another: a response has a random stream of its own. Samples of a problem differ."""
+    first = [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
+    assert first == [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
+    assert first[:12] == [r.ids for r in sample(engine, tokenizer, problems[:3], 4, SAMPLING, "7/0")]
+    assert first != [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/1")]
+    assert all(len({tuple(ids) for ids in first[i : i + 4]}) > 1 for i in range(0, len(first), 4))
+
+
+def test_responses_end_where_they_should(
+    kind: str, base_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """A response ends with the token that completes a stop string, with EOS, or at the limit; that last token is part of
+    it; nothing follows it; text and ids say the same."""
+    engine = open_engine(kind, base_folder, tokenizer)
+    rollouts = sample(engine, tokenizer, problems, 8, Sampling(24), "1/0")
+    kinds = set()
+    for r in rollouts:
+        assert r.text == tokenizer.decode(r.ids)
+        stopped_at = [s for s in STOP if s in r.text]
+        before = tokenizer.decode(r.ids[:-1])
+        assert not any(s in before for s in STOP)
+        assert tokenizer.eos_token_id not in r.ids[:-1]
+        if r.finish == "length":
+            assert len(r.ids) == 24
+            kinds.add("length")
+        else:
+            assert stopped_at or r.ids[-1] == tokenizer.eos_token_id
+            kinds.add("stop string" if stopped_at else "eos")
+    assert kinds == {"stop string", "eos", "length"}
+
+
+def test_draw_follows_the_distribution() -> None:
+    """Frequencies match the softmax; top-p keeps the smallest set of at least that mass and renormalises its log-probs."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    token, logp = draw(logits.expand(len(u), -1), u, Sampling(1, temperature=0.5))
+    p = (logits / 0.5).softmax(0)
+    torch.testing.assert_close(torch.bincount(token, minlength=4) / len(u), p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logp, p.log()[token])
+    token, logp = draw(logits.expand(len(u), -1), u, Sampling(1, top_p=0.8))
+    q = logits[:2].softmax(0)  # 0.64 + 0.24 is the first sum ≥ 0.8
+    assert token.max() == 1
+    torch.testing.assert_close(logp, q.log()[token])
+
+
+def test_an_engine_leaves_generation_defaults_of_a_model_alone(
+    engine: Engine, model_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """T = 1 and top-p 1 mean the full distribution: the sampled log-probs average to minus the entropy."""
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    policy = load_policy(str(model_folder))
+    sync(engine, policy)
+    rollouts = sample(engine, tokenizer, problems[:1], 400, Sampling(1), "2/0")
+    logp = plain(torch.tensor([problems[0].prompt_ids])).logits[0, -1].log_softmax(-1).detach()
+    p = logp.exp()
+    entropy = float(-(p * logp).sum())
+    spread = float((p * (logp + entropy) ** 2).sum().sqrt())
+    assert abs(-sum(r.logprobs[0] for r in rollouts) / 400 - entropy) < 4 * spread / math.sqrt(400)
+
+
+def test_overlong_prompts_are_refused_at_load(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Problem("set.json:1", "1+2=?", "3"), Problem("set.json:2", "+".join("123456789") + "=?", "45")]
+    with pytest.raises(ValueError, match=r"set.json:2: prompt of \d+ tokens is over --prompt-tokens 10"):
+        data.tokenize(rows, tokenizer, 10, data.TEMPLATE)
+    assert [p.source for p in data.tokenize(rows, tokenizer, 10, data.TEMPLATE, drop=True)] == ["set.json:1"]
+
+
+def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:
+    question = tiny.problems(0)[0][0]
+    ids = tokenizer.encode(data.prompt(question), add_special_tokens=False)
+    assert tokenizer.decode(ids) == data.prompt(question)
+    assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") == "0"

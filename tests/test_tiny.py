@@ -1,0 +1,163 @@
+"""The embedded task is right, its tokenizer loses nothing, and its folder is an ordinary Hugging Face folder."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import data
+import tiny
+
+FORMAT = re.compile(r" [^<>]*</think> <answer> \\boxed\{(\d+)\} </answer>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model trained for three steps: every file is there, no skill is."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tiny.make(folder, seed=3, steps=3)
+    return folder
+
+
+def responses(style: str, count: int = 200, slip: float = 0.0) -> list[tuple[str, str]]:
+    rng = random.Random(f"{style}/{slip}")
+    questions = [tiny.question(rng) for _ in range(count)]
+    return [(q, tiny.respond(rng, q, style, slip)) for q in questions]
+
+
+def total(question: str) -> str:
+    return str(eval(question.removesuffix("=?")))
+
+
+def test_problems_are_right_and_heldout_is_disjoint(folder: Path) -> None:
+    train, heldout = data.load(folder / "train.json"), data.load(folder / "heldout.json")
+    assert len(train) == tiny.TRAIN and len(heldout) == 1_024
+    assert all(total(p.question) == p.answer for p in train + heldout)
+    assert len({p.question for p in train + heldout}) == len(train) + len(heldout)
+    for p in heldout:
+        digits = re.findall(r"\d", p.question)
+        assert len(set(digits)) == len(digits) in tiny.DIGITS
+
+
+def test_the_corpus_leaves_out_the_heldout_questions() -> None:
+    rng = random.Random(0)
+    unseen = frozenset(tiny.question(rng) for _ in range(20_000))
+    rng = random.Random(0)
+    assert not unseen & {tiny.document(rng, *tiny.HABIT, unseen)[0] for _ in range(500)}
+
+
+def test_every_style_is_in_both_phases() -> None:
+    for mix, _ in (tiny.SKILL, tiny.HABIT):
+        assert set(mix) == {"direct", "chain", "recheck", "bad"}
+        assert sum(mix.values()) == pytest.approx(1)
+        assert min(mix.values()) > 0
+
+
+def test_chains_without_slips_end_with_the_gold_answer() -> None:
+    for question, response in responses("chain") + responses("recheck"):
+        assert FORMAT.fullmatch(response)[1] == total(question)
+        steps = re.findall(r"(\d+\+\d+)=(\d+)", response)
+        assert len(steps) == question.count("+")
+        assert all(str(eval(left)) == right for left, right in steps)
+
+
+def test_slips_make_chains_wrong_and_rechecks_repair_them() -> None:
+    def share(style: str) -> float:
+        answers = responses(style, 2_000, slip=0.2)
+        return sum(FORMAT.fullmatch(r)[1] == total(q) for q, r in answers) / len(answers)
+
+    assert share("chain") < 0.45 < share("recheck")
+
+
+def test_rechecks_use_the_papers_words() -> None:
+    words = re.compile("wait,|recheck|retry|alternatively,|however,")
+    assert all(words.search(word) for word in tiny.RECHECKS)
+    assert not any(words.search(r) for style in ("direct", "chain", "bad") for _, r in responses(style, slip=0.2))
+    assert sum(bool(words.search(r)) for _, r in responses("recheck", slip=0.2)) > 100
+
+
+def test_a_bad_format_earns_nothing_and_a_guess_seldom_does() -> None:
+    assert not any(FORMAT.search(r) for _, r in responses("bad", 1_000))
+    guesses = [(FORMAT.fullmatch(r)[1], total(q)) for q, r in responses("direct", 2_000)]
+    assert 0.03 < sum(guess == gold for guess, gold in guesses) / len(guesses) < 0.15
+
+
+def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [r for style in tiny.HABIT[0] for _, r in responses(style, slip=0.1)]
+    texts += [data.prompt(q) for q, _ in responses("chain")]
+    texts += ["naïve ∑ 日本\n\t  x", "100+2=102", " }</answer>}", data.prompt("2+3=?", data.TABLE_1)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_whole_template_is_two_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer.encode(data.prompt("7+5+9+4=?"))
+    assert len(ids) == 2 + len("7+5+9+4=?")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == data.TEMPLATE.replace("{question}", "7+5+9+4=?")
+
+
+def test_the_answer_tag_is_completed_by_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    for _, response in responses("chain", 50) + responses("direct", 50):
+        *_, last = tokenizer.encode(response)
+        assert tokenizer.decode([last]) == "} </answer>"
+
+
+def test_encode_is_the_tokenizer_on_the_whole_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = responses("recheck", 50, slip=0.1)
+    for (question, response), (ids, prompt) in zip(documents, tiny.encode(tokenizer, documents), strict=True):
+        assert ids[:prompt] == tokenizer.encode(data.prompt(question))
+        assert ids[prompt:] == [*tokenizer.encode(response), tokenizer.eos_token_id]
+
+
+def test_transformers_loads_the_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.vocab_size == len(loaded) == len(tokenizer)
+    assert model.generation_config.eos_token_id == loaded.eos_token_id == model.config.eos_token_id
+    assert model.generation_config.pad_token_id == loaded.pad_token_id == model.config.pad_token_id
+    text = data.prompt("7+5+9+4=?") + responses("recheck", 1, slip=0.5)[0][1]
+    assert loaded.encode(text) == tokenizer.encode(text)
+    (problem,) = data.tokenize(data.load(folder / "heldout.json")[:1], loaded, 64, data.TEMPLATE)
+    assert torch.isfinite(model(torch.tensor([problem.prompt_ids])).logits).all()
+    assert (folder / "samples.txt").read_text(encoding="utf-8").count("<think>") > 20
+
+
+def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
+    tiny.make(tmp_path / "again", seed=3, steps=3)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    assert tiny.problems(3) != tiny.problems(4)
+
+
+def test_an_interrupted_ensure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path, seed: int) -> None:
+        folder.mkdir()
+        (folder / "train.json").write_text("[")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.ensure(5, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    made = []
+
+    def complete(folder: Path, seed: int) -> None:
+        made.append(seed)
+        folder.mkdir()
+
+    monkeypatch.setattr(tiny, "make", complete)
+    folder = tiny.ensure(5, tmp_path)
+    assert tiny.ensure(5, tmp_path) == folder == next(tmp_path.iterdir())
+    assert made == [5] and folder.name.startswith("tiny-5-")
