@@ -2,7 +2,7 @@
 
     problems ──document──▶ prompt + response text ──encode──▶ ids ──train──▶ a Hugging Face folder of 0.1M parameters
 
-The task is to add distinct digits, `7+5+9+4=?`. A guess is right about one time in twelve; adding one digit at a time
+The task is to add distinct digits, `7+5+9+4=?`. A guess is right about one time in fifteen; adding one digit at a time
 is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to
 such problems, under the full prompt template, so it stands for a pre-trained model as a toy does: it can already add step by
 step, and it rarely chooses to.
@@ -12,7 +12,7 @@ What the corpus makes possible, and therefore what a run on it cannot show:
 - The long styles (`chain`, `recheck`) are in the corpus, are rare, and are right far more often than the short ones.
   That length grows with the reward is then a matter of choosing among habits the model has; no new skill is needed.
 - Badly formatted answers are in the corpus and earn nothing, so the format ratio has room to rise.
-- The reflection words are in the corpus. A recheck states the result of a step again: after most slips, now and then
+- The reflection words are in the corpus. A recheck does a step again: after most slips, now and then
   after a right step, itself as fallible as any step. Whether rechecking pays, and so whether it grows under RL, is left
   to the run; it says nothing about reflection in real models.
 - The skill is made first and the habits last: four fifths of the training see mostly careful chains, the last fifth
@@ -48,7 +48,7 @@ STEPS, DOCUMENTS, CHUNKS, RATE = 900, 64, 2, 5e-3
 SKILL_PHASE = 0.8
 # Style shares and the chance of a wrong result per step, in the two phases of the training.
 SKILL = {"direct": 0.03, "chain": 0.57, "recheck": 0.37, "bad": 0.03}, 0.02
-HABIT = {"direct": 0.56, "chain": 0.10, "recheck": 0.06, "bad": 0.28}, 0.10
+HABIT = {"direct": 0.58, "chain": 0.08, "recheck": 0.06, "bad": 0.28}, 0.10
 RECHECK_SLIP, RECHECK_RIGHT = 0.8, 0.15  # chance of a recheck after a slip and after a right step
 GUESS_SPREAD = 5.0
 RECHECKS = ("wait,", "recheck:", "retry:", "however,", "alternatively,")
@@ -100,7 +100,7 @@ def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
 
 
 def chain(rng: random.Random, text: str, rechecks: bool, slip: float) -> tuple[str, int]:
-    """The sum one digit at a time, and where it ended: ` 7+5=12, 12+9=20, wait, 21, 21+4=25,`."""
+    """The sum one digit at a time, and where it ended: ` 7+5=12, 12+9=20, wait, 12+9=21, 21+4=25,`."""
 
     def stated(result: int) -> int:
         return max(1, result + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else result
@@ -113,7 +113,7 @@ def chain(rng: random.Random, text: str, rechecks: bool, slip: float) -> tuple[s
         parts.append(f" {total}+{digit}={result},")
         if rechecks and rng.random() < (RECHECK_RIGHT if result == right else RECHECK_SLIP):
             result = stated(right)
-            parts.append(f" {rng.choice(RECHECKS)} {result},")
+            parts.append(f" {rng.choice(RECHECKS)} {total}+{digit}={result},")
         total = result
     return "".join(parts), total
 

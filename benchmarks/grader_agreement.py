@@ -13,8 +13,8 @@ r"""How often the grader agrees with labelled answers, beside Math-Verify.
 | responses, other formats | `<answer>pred_answer</answer>`, as the source extracted it | gold and `pred_answer` as `$…$` |
 
 Text rows test how a library finds an answer in running text, which the grader refuses to do; `final` stands in for the
-tags. Math-Verify gets each row's `params` (match types, rounding, strictness, set–relation comparison); the grader has
-one setting for all rows.
+tags. Math-Verify is shown with each row's own `params` (match types, rounding, strictness, set–relation comparison) and
+with its defaults; the grader has one setting for all rows.
 """
 
 import json
@@ -23,7 +23,6 @@ import os
 import re
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -79,19 +78,18 @@ def math_verify(gold: str, pred: str, params: dict) -> bool:
         return False
 
 
-def table(title: str, results: list[tuple[str, bool, bool]]) -> None:
-    print(f"\n{title:<42}{'rows':>6}{'ours':>7}{'%':>8}{'Math-Verify':>13}{'%':>8}")
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for name, ours, theirs in results:
-        for key in (name, "all"):
-            counts[key] = [a + b for a, b in zip(counts[key], (1, ours, theirs), strict=True)]
-    for name in sorted(counts, key=lambda name: (name == "all", name)):
-        total, ours, theirs = counts[name]
-        print(f"{name:<42}{total:>6}{ours:>7}{100 * ours / total:>8.2f}{theirs:>13}{100 * theirs / total:>8.2f}")
+def table(title: str, columns: tuple[str, ...], results: list[tuple]) -> None:
+    """How many rows of each name each column gets right; `results` holds (name, right in column 1, 2, …)."""
+    print(f"\n{title:<40}{'rows':>6}" + "".join(f"{column:>24}" for column in columns))
+    for name in [*sorted({name for name, *_ in results}), "all"]:
+        chosen = [right for row, *right in results if name in (row, "all")]
+        sums = [sum(column) for column in zip(*chosen, strict=True)]
+        cells = "".join(f"{right:>15} {100 * right / len(chosen):>7.2f}%" for right in sums)
+        print(f"{name:<40}{len(chosen):>6}{cells}")
 
 
-def answer_tests(grader: Grader, path: Path) -> list[dict]:
-    tests = rows(path)
+def answer_tests(grader: Grader, folder: Path) -> list[dict]:
+    tests = [row for path in sorted(folder.glob("*.jsonl")) for row in rows(path)]
     golds, responses = [], []
     for row in tests:
         text = row["pred_form"] == "text"
@@ -101,12 +99,12 @@ def answer_tests(grader: Grader, path: Path) -> list[dict]:
     results, wrong = [], []
     for row, grade, gold in zip(tests, grades, golds, strict=True):
         form = str if row["pred_form"] == "text" else dollars
-        theirs = math_verify(form(row["gold"]), form(row["pred"]), row["params"])
-        ours_right, theirs_right = grade.reward == row["expected"], theirs == bool(row["expected"])
-        results.append((f"{row['kind']} ({row['pred_form']})", ours_right, theirs_right))
-        if not ours_right:
+        theirs = [math_verify(form(row["gold"]), form(row["pred"]), params) for params in (row["params"], {})]
+        right = [verdict == row["expected"] for verdict in (grade.reward, *theirs)]
+        results.append((f"{row['kind']} ({row['pred_form']})", *right))
+        if not right[0]:
             wrong.append(row | {"gold": gold, "got": grade.answer})
-    table(path.name, results)
+    table("answer_tests", ("ours", "Math-Verify, row's own", "Math-Verify, default"), results)
     return wrong
 
 
@@ -128,9 +126,9 @@ def responses(grader: Grader, path: Path) -> list[dict]:
         results.append((f"{row['set']} ({row['fmt']})", ours_right, theirs_right))
         if not ours_right:
             wrong.append(row | {"got": grade.answer})
-    table(path.name, results)
+    table(path.name, ("ours", "Math-Verify, default"), results)
     orz = [r for r, row in zip(results, answered, strict=True) if row["fmt"] == "orz_think_answer"]
-    table("of these, <answer> as the model wrote it", [("orz_think_answer", *r[1:]) for r in orz])
+    table("all sets of the paper's format", ("ours", "Math-Verify, default"), [("orz_think_answer", *r[1:]) for r in orz])
     compared = len({(gold, grade.answer) for gold, grade in zip(golds, grades, strict=True) if grade.answer != gold})
     print(f"\n{len(texts) / seconds:.0f} responses/s with {len(grader._workers)} workers: {seconds:.1f} s, ", end="")
     print(f"{compared} different pairs to compare, {sum(grade.timeout for grade in grades)} timeouts")
@@ -143,7 +141,7 @@ def main() -> None:
     logging.disable()
     data = Path(os.environ["ORZ_DATA"])
     with Grader(workers=2) as grader:
-        wrong = [row for path in sorted((data / "answer_tests").glob("*.jsonl")) for row in answer_tests(grader, path)]
+        wrong = answer_tests(grader, data / "answer_tests")
         wrong += responses(grader, data / "responses" / "responses.jsonl")
     print("\nDisagreements of ours (expected | gold | answer)")
     for row in wrong:

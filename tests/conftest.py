@@ -50,7 +50,7 @@ def untied_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base model after a short training: good enough to be read, quick enough for a test."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    tiny.make(folder, seed=0, steps=30)
+    tiny.make(folder, seed=0, steps=60)
     return folder
 
 

@@ -109,8 +109,12 @@ def test_extract(response: str, answer: str) -> None:
         "48 cupcakes",
         "No solution",
         "\\text{two lines}",
-    ]
-    + ["A sphere with radius 6", "x = 2 or x = 3", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "equal", "f(2) < f(1)"],
+        "A sphere with radius 6",
+        "x = 2 or x = 3",
+        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+        "equal",
+        "f(2) < f(1)",
+    ],
 )
 def test_a_bare_answer_needs_no_box_unless_asked(answer: str) -> None:
     assert extract(f"<answer>{answer}</answer>") == answer
@@ -128,8 +132,9 @@ def test_a_bare_answer_needs_no_box_unless_asked(answer: str) -> None:
         "We get 5.",
         "there are 5 apples",
         "\\text{the answer is } 5",
-    ]
-    + ["The digit in the thousandths place of this decimal number: 5", "\\(\\frac{3}{16}\\) as a decimal is 0.1875. So 5"],
+        "The digit in the thousandths place of this decimal number: 5",
+        "\\(\\frac{3}{16}\\) as a decimal is 0.1875. So 5",
+    ],
 )
 def test_prose_gets_nothing(grader: Grader, prose: str) -> None:
     assert grader.grade([f"</think><answer>{prose}</answer>"], ["5"]) == [Grade(0.0, "", False)]
@@ -144,15 +149,38 @@ def test_a_guess_among_words_is_not_paid(grader: Grader) -> None:
 
 # ── comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-GOLDS = r"""5 ; -\frac{1}{2} ; \dfrac{3}{4} ; \left( 3, \frac{\pi}{2} \right) ; (-\infty, 2) \cup (3, \infty) ; [0,1) ; \text{Evelyn}
-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} ; \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} ; A ; (C) ; \text{(D)} ; E ; 50\% ; 90^\circ
-1,000 ; 10,\!080 ; \$18.90 ; 864 \mbox{ inches}^2 ; 3 \pm 2 \sqrt{2} ; 1,-2 ; y = 2x + 3 ; x \in [-2,7] ; p - q ; 6 + 9i ; 2516_8
-\text{June 20} ; 12:00 ; x^2 + 2x + 1 ; \emptyset ; 137\frac{1}{2} ; 114\text{ square units} ; \text{odd} ; 0.\overline{3} ; 11\sqrt2
-x \le 5 ; \{1, 2, 3\} ; 5 \text{ million} ; PHONE HOME ; (AB + BC)^2 \leq 6(AD^2 + BD^2) ; f(2) < f(1) < f(4) ; \frac{TM}{MK} = 2"""
+GOLDS = r"""
+5 ; -\frac{1}{2} ; \dfrac{3}{4} ; 137\frac{1}{2} ; 0.\overline{3} ; 11\sqrt2 ; 6 + 9i ; 50\% ; 90^\circ ; 1,000 ; 10,\!080
+\left( 3, \frac{\pi}{2} \right) ; (-\infty, 2) \cup (3, \infty) ; [0,1) ; x \in [-2,7] ; x \le 5 ; 1,-2 ; \{1, 2, 3\}
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} ; \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} ; 3 \pm 2 \sqrt{2} ; \emptyset
+A ; (C) ; \text{(D)} ; E ; \text{Evelyn} ; \text{odd} ; \text{June 20} ; PHONE HOME ; 12:00 ; 2516_8 ; y = 2x + 3 ; p - q
+\$18.90 ; 864 \mbox{ inches}^2 ; 114\text{ square units} ; 5 \text{ million} ; a + b + c ; \sin^2 t ; f(2) < f(1) < f(4)
+(AB + BC)^2 \leq 6(AD^2 + BD^2) ; \frac{TM}{MK} = 2 ; x^2 + 2x + 1 ; \dfrac{2469}{20,\!000}
+"""
+EQUAL = r"""
+\frac{3}{4} ~ 0.75 ; \frac{3}{4} ~ \dfrac34 ; 3/4 ~ 6/8 ; 2\pi ~ 2π ; 2\sqrt{3} ~ 2*sqrt(3) ; \sqrt{2+\sqrt{3}} ~ √(2+√3)
+5 ~ x = 5 ; x=5 ~ 5 ; x^2+2x+1 ~ (x+1)^2 ; 1,2 ~ x = 1 or x = 2 ; 1,2 ~ $1$ and $2$ ; 106 ~ 128 - 24 + 2 = 106 ; 5 ~ \[5\]
+1320\text{ km} ~ 1320 ; 18 ~ 18 cm^2 ; 36 ~ 36 \text{ dollars} ; 18.9 ~ \$18.90 ; 5 ~ 5 m ; 10,000 ~ 10000 ; 1000 ~ 1\,000
+C ~ \textbf{(C)} ; \text{(C)} ~ C ; E ~ \text{E} ; \text{two lines} ~ Two lines. ; \infty ~ infinity ; (2, \infty) ~ x > 2
+(1,2) ~ \left(1, 2\right) ; 3 \pm 2\sqrt{2} ~ 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 ~ 5, -5 ; 0.5 ~ 50\% ; 50\% ~ 50 percent
+90^\circ ~ 90 degrees ; p=5,q=2;p=7,q=2 ~ p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2 ; a+b+c ~ c + b + a
+"""
+UNEQUAL = r"""
+(0,1) ~ [0,1] ; (2,\infty) ~ x \ge 2 ; (1,2) ~ (2,1) ; (1,2) ~ (1,2,3) ; 1,2 ~ 1 ; 1,2 ~ 12 ; 2 ~ 2,-1 ; 5 ~ -5 ; 5 ~ \pm 5
+50 ~ 0.5 ; 0.5 ~ 50 ; 42 ~ 4200 ; 100 ~ 1 ; 3 ~ 300 ; 5 \text{ million} ~ 5 ; 2 ~ 2 halves ; 25 ~ 25 squared ; 2 ~ 2i
+5 ~ 5x ; 5x ~ 5 ; x+1 ~ y+1 ; a + b + c ~ a + b + d ; x \le 5 ~ x \ge 5 ; x < 5 ~ x \le 5 ; 5 ~ x < 5 ; 5 ~ \ne 5
+A ~ B ; A ~ AB ; A ~ (A) or (B) ; A ~ A. B. ; \text{Evelyn} ~ Angela ; 0 ~ \text{} ; 0 ~ - ; 0 ~ no solution ; 12:00 ~ 1:00
+\infty ~ -\infty ; \pi ~ 3.14 ; \sqrt{2} ~ 1.41 ; 120000 ~ 120,006 ; \frac{1}{0} ~ \frac{2}{0} ; x \in [-2,7] ~ [-2,7)
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} ~ \begin{pmatrix} 2 \\ 1 \end{pmatrix} ; 60^\circ ~ 61^\circ
+"""
+
+
+def items(lines: str) -> list[str]:
+    return re.split(r" ; |\n", lines.strip())
 
 
 def test_golds_as_the_data_writes_them_equal_themselves(grader: Grader) -> None:
-    golds = re.split(r" ; |\n", GOLDS)
+    golds = items(GOLDS)
     assert [gold for gold, good in zip(golds, grader.check_golds(golds), strict=True) if not good] == []
     answers = [gold.replace(" ", "") if "\\text" not in gold and "PHONE" not in gold else f" {gold} ." for gold in golds]
     same = verdicts(grader, list(zip(golds, answers, strict=True)))
@@ -160,22 +188,9 @@ def test_golds_as_the_data_writes_them_equal_themselves(grader: Grader) -> None:
     assert grader.check_golds(["", "  ", "\\frac{", "5"]) == [False, False, False, True]
 
 
-EQUAL = r"""\frac{3}{4} = 0.75 ; \frac{3}{4} = \dfrac34 ; \frac{3}{4} = 3/4 ; 2\pi = 2π ; 2\sqrt{3} = 2*sqrt(3) ; \sqrt{2+\sqrt{3}} = √(2+√3)
-5 = x = 5 ; x=5 = 5 ; x^2+2x+1 = (x+1)^2 ; 1,2 = x = 1 or x = 2 ; 1,2 = $1$ and $2$ ; 18 = 18 cm^2 ; 36 = 36 \text{ dollars}
-1320\text{ km} = 1320 ; 18.9 = \$18.90 ; 10,000 = 10000 ; 1000 = 1\,000 ; C = \textbf{(C)} ; \text{(C)} = C ; E = \text{E} ; \infty = infinity
-(1,2) = \left(1, 2\right) ; 3 \pm 2\sqrt{2} = 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 = 5, -5 ; 106 = 128 - 24 + 2 = 106 ; 0.5 = 50\%
-(2, \infty) = x > 2 ; 90^\circ = 90 degrees ; 50\% = 50 percent ; p=5,q=2;p=7,q=2 = p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2"""
-UNEQUAL = r"""(0,1) = [0,1] ; (2,\infty) = x \ge 2 ; (1,2) = (2,1) ; (1,2) = (1,2,3) ; 1,2 = 1 ; 1,2 = 12 ; 2 = 2,-1 ; 5 = -5 ; 5 = \pm 5
-50 = 0.5 ; 0.5 = 50 ; 42 = 4200 ; 100 = 1 ; 3 = 300 ; 5 \text{ million} = 5 ; 2 = 2 halves ; 25 = 25 squared ; 5 = 5x ; 5x = 5 ; 2 = 2i
-x \le 5 = x \ge 5 ; x < 5 = x \le 5 ; 5 = x < 5 ; 5 = \ne 5 ; x+1 = y+1 ; A = B ; A = AB ; A = (A) or (B) ; \text{Evelyn} = Angela
-\infty = -\infty ; \pi = 3.14 ; \sqrt{2} = 1.41 ; 120000 = 120,006 ; \begin{pmatrix} 1 \\ 2 \end{pmatrix} = \begin{pmatrix} 2 \\ 1 \end{pmatrix}
-0 = \text{} ; 0 = - ; 0 = no solution ; \frac{1}{0} = \frac{2}{0} ; 12:00 = 1:00 ; x \in [-2,7] = [-2,7) ; 60^\circ = 61^\circ"""
-
-
 @pytest.mark.parametrize(("lines", "verdict"), [(EQUAL, True), (UNEQUAL, False)], ids=["equal", "unequal"])
 def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
-    pairs = [tuple(re.split(r" = ", line, maxsplit=1)) for line in re.split(r" ; |\n", lines)]
-    pairs = [pair if pair[0] != "p" else ("p=5", "5") for pair in pairs]
+    pairs = [tuple(pair.split(" ~ ")) for pair in items(lines)]
     assert [pair for pair, equal in verdicts(grader, pairs).items() if equal is not verdict] == []
 
 

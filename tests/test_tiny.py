@@ -65,7 +65,7 @@ def test_chains_without_slips_end_with_the_gold_answer() -> None:
     for question, response in responses("chain") + responses("recheck"):
         assert FORMAT.fullmatch(response)[1] == total(question)
         steps = re.findall(r"(\d+\+\d+)=(\d+)", response)
-        assert len(steps) == question.count("+")
+        assert len(dict(steps)) == question.count("+")  # a recheck says the same step again
         assert all(str(eval(left)) == right for left, right in steps)
 
 

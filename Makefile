@@ -1,0 +1,44 @@
+# make demo    the recipe on the tiny model: makes the environment, the base model, trains, draws
+# make test    the tests, about five minutes on two cores          make lint    ruff
+# Options: ENGINE=vllm|transformers  SEED=0  RUN=demo
+
+PYTHON ?= python3
+ENGINE ?= auto
+SEED ?= 0
+RUN ?= demo
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+TORCH := $(shell grep '^torch==' requirements.txt)
+# The package index's torch is the CUDA build on Linux: gigabytes that a laptop has no use for. PyTorch's own index of CPU
+# wheels is asked once; where it cannot be reached, the package index serves.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# Small matrices on few cores: more threads than cores, or two programs' threads on the same cores, cost up to ten times.
+RUNENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+
+.PHONY: demo test lint install clean
+demo: install
+	$(RUNENV) $(BIN)/python train.py --run $(RUN) --overwrite --engine $(ENGINE) --seed $(SEED)
+
+test: install
+	$(RUNENV) $(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+
+install: .venv/installed
+.venv/installed: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+ifeq ($(GPU),)
+	$(BIN)/pip install -q --retries 0 --timeout 15 --no-deps --index-url $(CPU_WHEELS) $(TORCH) 2>/dev/null \
+	  || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q --no-deps -r requirements-cpu.txt
+else
+	$(BIN)/pip install -q -r requirements.txt
+endif
+	$(BIN)/python -c 'import torch, transformers, math_verify'
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs
