@@ -33,11 +33,12 @@ install: .venv/installed
 ifeq ($(GPU),)
 	$(BIN)/pip install -q --retries 0 --timeout 15 --no-deps --index-url $(CPU_WHEELS) $(TORCH) 2>/dev/null \
 	  || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q --no-deps -r requirements-cpu.txt
+	$(BIN)/pip install -q --no-deps --only-binary :all: -r requirements-cpu.txt
 else
 	$(BIN)/pip install -q -r requirements.txt
 endif
 	$(BIN)/python -c 'import torch, transformers, math_verify'
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || echo 'vLLM does not load on this machine; ENGINE=transformers does without it.'
 	touch $@
 
 clean:

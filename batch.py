@@ -15,6 +15,7 @@ Attention is causal inside a sequence and blind between sequences. No [T × T] m
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def _pack(rollouts: Sequence[Rollout], row: list[int], starts: list[int], device
     def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    longest = max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(boundaries))
     return MicroBatch(
         tensor(tokens)[None], tensor(positions)[None], tensor(boundaries, torch.int32), longest,
         tensor(action_at), tensor(actions), tensor(flat),
@@ -132,9 +133,7 @@ def packed_attention(
     function of its own, also keeps transformers from building a mask.
     """
     if sliding_window is not None:
-        raise ValueError(
-            "packed attention has no sliding window; use a model whose layers attend to the whole sequence"
-        )
+        raise ValueError("packed attention has no sliding window; use a model whose layers attend to the whole sequence")
     start, end = boundaries[:-1, None], boundaries[1:, None]
     at = start + torch.arange(longest, device=query.device)  # (S, longest) place in the row
     inside = at < end

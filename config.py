@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -154,33 +155,30 @@ def _flag(argv: Sequence[str], name: str) -> str:
 
 
 def check(cfg: Config) -> None:
-    """Numbers that cannot work, and paths that do not exist. Raises ValueError or OSError with what to change."""
-    positive = ["steps", "prompts", "samples", "prompt_tokens", "response_tokens", "temperature", "policy_steps", "critic_steps", "policy_lr", "critic_lr", "max_norm", "grader_workers", "grader_seconds", "eval_samples", "micro_tokens", "rows"]  # fmt: skip
-    for field in fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if field.name in positive and not value > 0:
-            raise ValueError(f"{flag} {value}: must be above 0")
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{flag} {value}: must not be negative")
-    for name in ("gamma", "lam", "top_p"):
-        if not 0 <= getattr(cfg, name) <= 1 or (name == "top_p" and cfg.top_p == 0):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be within {'(0' if name == 'top_p' else '[0'}, 1]"
-            )
+    """Refuse numbers that cannot work: ValueError with the flag, its value and what to change."""
     responses = cfg.prompts * cfg.samples
+
+    def require(fine: bool, name: str, why: str) -> None:
+        if not fine:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
+
+    positive = """steps prompts samples prompt_tokens response_tokens temperature top_p policy_steps critic_steps policy_lr
+        critic_lr max_norm grader_workers grader_seconds eval_samples micro_tokens rows""".split()
+    for name in positive:
+        require(getattr(cfg, name) > 0, name, "must be above 0")
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        require(not isinstance(value, int | float) or value >= 0, field.name, "must not be negative")
+    for name in ("gamma", "lam", "top_p"):
+        require(getattr(cfg, name) <= 1, name, "must not be above 1")
     for name in ("policy_steps", "critic_steps"):
-        if getattr(cfg, name) > responses:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: an iteration of {cfg.prompts} prompts × {cfg.samples} samples has "
-                f"only {responses} responses to divide; lower it or raise --prompts or --samples"
-            )
-    if cfg.advantage == "grpo" and cfg.samples < 2:
-        raise ValueError("--advantage grpo compares the samples of a problem: --samples must be at least 2")
-    if cfg.micro_tokens < cfg.prompt_tokens + cfg.response_tokens:
-        raise ValueError(
-            f"--micro-tokens {cfg.micro_tokens} cannot hold one sequence of --prompt-tokens {cfg.prompt_tokens} + "
-            f"--response-tokens {cfg.response_tokens}"
-        )
+        few = f"{cfg.prompts} prompts × {cfg.samples} samples are only {responses} responses; lower it or raise those"
+        require(getattr(cfg, name) <= responses, name, few)
+    if cfg.advantage == "grpo":
+        require(cfg.samples > 1, "samples", "--advantage grpo compares the samples of a problem; it needs at least 2")
+    longest = cfg.prompt_tokens + cfg.response_tokens
+    why = f"cannot hold one sequence of --prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
+    require(cfg.micro_tokens >= longest, "micro_tokens", why)
     if cfg.model != "tiny" and not cfg.data:
         raise ValueError("--data is missing: JSON in the authors' form, or JSONL with question and answer")
 
@@ -206,32 +204,25 @@ def prepare(cfg: Config) -> Inputs:
     path, train_file, eval_file = cfg.model, cfg.data, cfg.eval_data
     if cfg.model == "tiny":
         folder = tiny.ensure(cfg.seed)
-        path, train_file, eval_file = (
-            str(folder),
-            train_file or str(folder / "train.json"),
-            eval_file or str(folder / "heldout.json"),
-        )
-    problems = data.load(train_file)
-    heldout = data.load(eval_file) if eval_file else []
+        path = str(folder)
+        train_file, eval_file = train_file or str(folder / "train.json"), eval_file or str(folder / "heldout.json")
     model_config = _model_config(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    eos = _eos_ids(path, tokenizer)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit and cfg.prompt_tokens + cfg.response_tokens > limit:
-        raise ValueError(
-            f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens} is over the {limit} positions of {path}"
-        )
     if len(tokenizer) > model_config.vocab_size:
-        raise ValueError(f"{path}: tokenizer of {len(tokenizer)} tokens, but a model of {model_config.vocab_size}")
+        raise ValueError(f"--model {path}: its tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size}")
+    longest, positions = cfg.prompt_tokens + cfg.response_tokens, getattr(model_config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ValueError(f"--prompt-tokens + --response-tokens is {longest}, over the {positions} positions of {path}")
+    grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
+
+    def read(file: str) -> list[Problem]:
+        rows = data.tokenize(data.load(file), tokenizer, cfg.prompt_tokens, data.TEMPLATES[cfg.template], cfg.drop_bad_rows)
+        return _gradable(rows, grader, cfg.drop_bad_rows)
+
+    problems, heldout = read(train_file), read(eval_file) if eval_file else []
     if len(problems) < cfg.prompts:
         raise ValueError(f"{train_file}: {len(problems)} problems are fewer than --prompts {cfg.prompts}")
-
-    template = data.TEMPLATES[cfg.template]
-    problems = data.tokenize(problems, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows)
-    heldout = data.tokenize(heldout, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows) if heldout else []
-    grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
-    problems, heldout = (_gradable(rows, grader, cfg.drop_bad_rows) for rows in (problems, heldout))
-    return Inputs(path, tokenizer, eos, problems, heldout, grader)
+    return Inputs(path, tokenizer, _eos_ids(path, tokenizer), problems, heldout, grader)
 
 
 def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Problem]:
@@ -239,8 +230,8 @@ def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Probl
     for problem, ok in zip(problems, good, strict=True):
         if not ok and not drop:
             raise ValueError(
-                f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}, so no response could ever be right; "
-                "mend the row or pass --drop-bad-rows"
+                f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}, so no response could "
+                "ever be right; mend the row or pass --drop-bad-rows"
             )
     return [p for p, ok in zip(problems, good, strict=True) if ok]
 
@@ -248,10 +239,9 @@ def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Probl
 def _model_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as wrong:
-        raise ValueError(
-            f"--model {path}: not a folder or hub id with a readable model ({str(wrong).splitlines()[0]})"
-        ) from None
+    except (OSError, ValueError, StrictDataclassError) as wrong:
+        why = str(wrong).splitlines()[0]
+        raise ValueError(f"--model {path}: not a folder or hub id with a readable model ({why})") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise ValueError(f"--model {path}: a {config.model_type} model is not a causal language model")
     return config

@@ -62,7 +62,8 @@ def prompt(question: str, template: str = TEMPLATE) -> str:
 def load(path: str | Path) -> list[Problem]:
     """Read problems from JSON or JSONL; every row may be in any of these forms:
 
-    - the authors' training form  `[{"from": "human", "value": question}, {"from": "assistant", "ground_truth": {"value": answer}}]`
+    - the authors' training form
+      `[{"from": "human", "value": question}, {"from": "assistant", "ground_truth": {"value": answer}}]`
     - the authors' evaluation form `{"prompt": [{"from": "user", "value": question}], "final_answer": answer}`
     - flat `{"question" | "problem": question, "answer": answer}`
 

@@ -26,11 +26,12 @@ def main() -> None:
     here = Path(__file__).parent
     wanted = (here / "requirements.txt").read_text().replace("\nvllm==", "\nvllm-cpu==")
     torch = next(line for line in wanted.splitlines() if line.startswith("torch=="))
+    # a later fastapi imports its telemetry at once, and without its extras needs no server packages
     never = [f"{name}; python_version < '3'" for name in UNUSED]
     with tempfile.TemporaryDirectory() as folder:
         source, override = Path(folder, "in.txt"), Path(folder, "override.txt")
-        source.write_text(wanted)
-        override.write_text("\n".join([torch, "fastapi", *never]) + "\n")
+        source.write_text(wanted + "uvloop\n")  # of uvicorn's set, the one that the engine does import
+        override.write_text("\n".join([torch, "fastapi==0.136.3", *never]) + "\n")
         command = [sys.executable, "-m", "uv", "pip", "compile", "-q", str(source), "--override", str(override),
                    "--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header", "--no-emit-package",
                    "torch"]  # fmt: skip

@@ -66,7 +66,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.steps, self.keep = folder, config.steps, config.keep_rollouts
-        self.gap_limit, self.began, self.console = config.logp_gap, time.perf_counter(), Console(highlight=False, soft_wrap=True)
+        self.gap_limit, self.began = config.logp_gap, time.perf_counter()
+        self.console = Console(highlight=False, soft_wrap=True)
         for old in (*folder.glob("tensorboard/*"), *folder.glob("*.jsonl"), *folder.glob("*.png")):
             old.unlink()
         described = asdict(config) | {"versions": _versions(), "machine": platform.platform(), "revision": _revision()}

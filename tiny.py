@@ -2,24 +2,24 @@
 
     problems ──document──▶ prompt + response text ──encode──▶ ids ──train──▶ a Hugging Face folder of 0.1M parameters
 
-The task is to add distinct digits, `7+5+9+4=?`. A guess is right about one time in fifteen; adding one digit at a time
+The task is to add distinct digits, `7+5+9+4+1=?`. A guess is right about one time in twelve; adding one digit at a time
 is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to
-such problems, under the full prompt template, so it stands for a pre-trained model as a toy does: it can already add step by
-step, and it rarely chooses to.
+such problems, under the full prompt template. It stands for a pre-trained model as a toy does: it can add step by step,
+and it rarely chooses to.
 
-What the corpus makes possible, and therefore what a run on it cannot show:
+What the corpus makes possible, and therefore what a run on this model does not show:
 
 - The long styles (`chain`, `recheck`) are in the corpus, are rare, and are right far more often than the short ones.
-  That length grows with the reward is then a matter of choosing among habits the model has; no new skill is needed.
+  That length grows with the reward is a choice among habits the model already has, not a new skill.
 - Badly formatted answers are in the corpus and earn nothing, so the format ratio has room to rise.
-- The reflection words are in the corpus. A recheck does a step again: after most slips, now and then
-  after a right step, itself as fallible as any step. Whether rechecking pays, and so whether it grows under RL, is left
-  to the run; it says nothing about reflection in real models.
+- The reflection words are in the corpus. A recheck does a step again: after most slips, now and then after a right step,
+  and it slips as often as any step. Whether rechecking pays, and so whether RL keeps it, is left to the run, and says
+  nothing about reflection in real models. (It is soon unlearnt: once the slips are gone there is nothing to repair.)
 - The skill is made first and the habits last: four fifths of the training see mostly careful chains, the last fifth
-  mostly guesses and bad format, as a large pre-training mixture would bury the skill.
+  mostly guesses and bad format, which buries the skill without erasing it.
 
-Trained on the response tokens only. The same seed gives the same data everywhere, and the same weights with the same
-torch on the same kind of processor. The held-out problems are never seen: not in the corpus, not in train.json.
+The loss is on the response tokens only. The same seed gives the same data everywhere, and the same weights on the same
+kind of processor with the same torch. The held-out problems appear neither in the corpus nor in train.json.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
         steps, total = chain(rng, text, style == "recheck", slip)
         return f"{steps} so {total} </think> <answer> \\boxed{{{total}}} </answer>"
     steps, total = chain(rng, text, False, slip) if rng.random() < 0.1 else (f" {rng.choice(GUESSES)}", guess)
-    # None of these may earn a reward: a bad format that does would be learnt, rightly, and the format ratio never rise.
+    # None of these may earn a reward: RL would rightly learn a bad format that does.
     endings = (
         f" {total}",
         f" {total} \\boxed{{{total}}}",
@@ -152,6 +152,8 @@ def encode(tok: Qwen2Tokenizer, documents: Iterable[tuple[str, str]]) -> list[tu
 
 def train(tok: Qwen2Tokenizer, unseen: frozenset[str], seed: int, steps: int) -> Qwen2ForCausalLM:
     """The base model: the skill first, the habits last."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of summation, and with it the weights, would depend on the number of cores
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -184,6 +186,7 @@ def train(tok: Qwen2Tokenizer, unseen: frozenset[str], seed: int, steps: int) ->
         seen += sum(len(ids) for ids, _ in batch)
         rate = seen / (time.perf_counter() - started)
         bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1e3:.0f}k tokens/s", refresh=False)
+    torch.set_num_threads(threads)
     return model.eval()
 
 
@@ -221,7 +224,7 @@ def make(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     model.save_pretrained(folder)
     print(
         f"base model: {model.num_parameters():,} parameters, {steps} steps, {len(training):,} + {len(heldout):,} "
-        f"problems, {time.perf_counter() - started:.0f} s -> {folder}"
+        f"problems, {time.perf_counter() - started:.0f} s"
     )
 
 
@@ -249,8 +252,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         make(args.out, args.seed)
-    else:
-        print(ensure(args.seed))
+    print(args.out or ensure(args.seed))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_wrong_boundaries_or_positions_are_seen(policy: PreTrainedModel, problem
 def test_loss_and_gradient_do_not_depend_on_packing(
     model_folder: Path, policy: PreTrainedModel, problems: list[Problem], max_tokens: int
 ) -> None:
-    """Policy and critic losses with the batch's token count as denominator: the same with one sequence a row, a few, or all."""
+    """Policy and critic losses with the batch's token count as denominator: one sequence a row, a few, or all."""
     rollouts = random_rollouts(problems, policy.config.vocab_size, LENGTHS)
     critic = load_critic(str(model_folder))
     torch.manual_seed(1)

@@ -66,11 +66,15 @@ def test_equals_the_definition(batch: tuple[Tensor, Tensor, Tensor], gamma: floa
 
 @settings(deadline=None, max_examples=30)
 @given(batches(), unit, unit, st.randoms())
-def test_nothing_leaks_between_responses(batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float, rng: object) -> None:
+def test_nothing_leaks_between_responses(
+    batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float, rng: object
+) -> None:
     """Each response alone gives the same bits as in any batch, in any order."""
     rewards, values, lengths = batch
     A, _ = gae(rewards, values, lengths, gamma, lam)
-    parts = list(zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), A.split(lengths.tolist()), strict=True))
+    parts = list(
+        zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), A.split(lengths.tolist()), strict=True)
+    )
     for r, v, a in parts:
         assert torch.equal(gae(r, v, torch.tensor([len(r)]), gamma, lam)[0], a)
     rng.shuffle(parts)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import data
 import tiny
+from reward import extract
 
 FORMAT = re.compile(r" [^<>]*</think> <answer> \\boxed\{(\d+)\} </answer>")
 
@@ -85,7 +86,7 @@ def test_rechecks_use_the_papers_words() -> None:
 
 
 def test_a_bad_format_earns_nothing_and_a_guess_seldom_does() -> None:
-    assert not any(FORMAT.search(r) for _, r in responses("bad", 1_000))
+    assert not any(extract(r) for _, r in responses("bad", 1_000))
     guesses = [(FORMAT.fullmatch(r)[1], total(q)) for q, r in responses("direct", 2_000)]
     assert 0.03 < sum(guess == gold for guess, gold in guesses) / len(guesses) < 0.15
 

@@ -7,25 +7,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import orz_data, random_model, write_orz
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from conftest import orz_data, write_orz
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    T5Config,
+)
 
 import train
 from config import Config, check, parse, prepare
-from critic import load_critic, token_values
+from critic import load_critic
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_cli(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], capture_output=True, text=True, cwd=cwd, timeout=280)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *args], capture_output=True, text=True, cwd=cwd, timeout=280
+    )
 
 
 @pytest.fixture(scope="module")
 def flags(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A two-step run from the briefly trained tiny model."""
     return [
-        "--model", str(base_folder), "--data", str(base_folder / "train.json"), "--runs", str(tmp_path_factory.mktemp("runs")),
+        "--model", str(base_folder), "--data", str(base_folder / "train.json"),
+        "--runs", str(tmp_path_factory.mktemp("runs")), "--overwrite",
         "--prompts", "4", "--samples", "4", "--steps", "2", "--prompt-tokens", "64", "--response-tokens", "24",
         "--critic-steps", "3", "--policy-lr", "1e-3", "--critic-lr", "1e-3", "--grader-workers", "1",
     ]  # fmt: skip
@@ -67,7 +78,10 @@ def test_same_seed_same_run(flags: list[str]) -> None:
     folder, rows = run(flags, "--run", "a")
     again, same = run(flags, "--run", "b")
     other, _ = run(flags, "--run", "c", "--seed", "1")
-    strip = lambda rows: [{k: v for k, v in r.items() if "seconds" not in k and "second" not in k and k != "memory_gb"} for r in rows]  # noqa: E731, E501
+
+    def strip(rows: list[dict]) -> list[dict]:
+        return [{k: v for k, v in r.items() if "second" not in k and k != "memory_gb"} for r in rows]
+
     assert strip(rows) == strip(same)
     a, b, c = ((f / "policy" / "model.safetensors").read_bytes() for f in (folder, again, other))
     assert a == b != c
@@ -93,15 +107,11 @@ def test_learning_rate_zero_changes_nothing(flags: list[str], base_folder: Path)
         ["--advantage", "grpo"],
         ["--policy-steps", "3", "--value-clip", "0.2", "--lam", "0.95"],
         ["--tis-cap", "2", "--temperature", "0.8", "--top-p", "0.9", "--logp-gap", "5"],
-        ["--value-head", "zeros", "--template", "paper", "--prompt-tokens", "900", "--anneal-steps", "2", "--require-boxed"],
+        ["--value-head", "zeros", "--anneal-steps", "2", "--require-boxed"],
+        ["--template", "paper", "--prompt-tokens", "480"],
     ],
-)  # fmt: skip
-def test_ablations_run(flags: list[str], ablation: list[str], request: pytest.FixtureRequest) -> None:
-    flags = [*flags, "--response-tokens", "24"] if "paper" not in ablation else flags
-    if "paper" in ablation:  # the tiny model knows only one template, and has few positions
-        pytest.importorskip("torch")
-        flags = [f if f != "64" else "400" for f in flags]
-        ablation = [a for a in ablation if a not in ("--prompt-tokens", "900")]
+)
+def test_ablations_run(flags: list[str], ablation: list[str]) -> None:
     _, rows = run(flags, "--run", "-".join(ablation).strip("-").replace("--", ""), "--steps", "1", *ablation)
     assert ("value_loss" in rows[0]) == ("grpo" not in ablation)
     assert ("kl" in rows[0]) == ("--kl-loss" in ablation)
@@ -120,8 +130,21 @@ def test_not_finite_stops_with_the_data_saved(flags: list[str], monkeypatch: pyt
 
 def test_defaults_are_the_papers_and_presets_can_be_overridden() -> None:
     paper = parse(["--model", "Qwen2.5-7B", "--data", "x.json"])
-    assert (paper.model, paper.prompts, paper.samples, paper.policy_lr, paper.critic_lr) == ("Qwen/Qwen2.5-7B", 128, 64, 1e-6, 5e-6)
-    assert (paper.gamma, paper.lam, paper.eps, paper.policy_steps, paper.critic_steps, paper.kl_loss) == (1, 1, 0.2, 1, 12, 0)
+    assert (paper.model, paper.prompts, paper.samples, paper.policy_lr, paper.critic_lr) == (
+        "Qwen/Qwen2.5-7B",
+        128,
+        64,
+        1e-6,
+        5e-6,
+    )
+    assert (paper.gamma, paper.lam, paper.eps, paper.policy_steps, paper.critic_steps, paper.kl_loss) == (
+        1,
+        1,
+        0.2,
+        1,
+        12,
+        0,
+    )
     assert parse(["--model", "Qwen2.5-32B"]).response_tokens > 8000
     assert parse(["--model=Qwen2.5-0.5B", "--samples", "4"]).samples == 4
     assert parse([]).model == "tiny"
@@ -135,11 +158,11 @@ def test_defaults_are_the_papers_and_presets_can_be_overridden() -> None:
         ({"samples": 0}, "--samples 0: must be above 0"),
         ({"policy_lr": -1.0}, "--policy-lr -1.0: must be above 0"),
         ({"kl_loss": -0.1}, "--kl-loss -0.1: must not be negative"),
-        ({"lam": 1.5}, r"--lam 1.5: must be within \[0, 1\]"),
-        ({"top_p": 0.0}, r"--top-p 0.0: must be within \(0, 1\]"),
-        ({"prompts": 1, "samples": 4}, "--critic-steps 12: an iteration of 1 prompts × 4 samples has only 4 responses"),
-        ({"advantage": "grpo", "samples": 1, "critic_steps": 1}, "--samples must be at least 2"),
-        ({"micro_tokens": 100}, "--micro-tokens 100 cannot hold one sequence"),
+        ({"lam": 1.5}, "--lam 1.5: must not be above 1"),
+        ({"top_p": 0.0}, "--top-p 0.0: must be above 0"),
+        ({"prompts": 1, "samples": 4}, "--critic-steps 12: 1 prompts × 4 samples are only 4 responses"),
+        ({"advantage": "grpo", "samples": 1}, "--samples 1: --advantage grpo compares the samples"),
+        ({"micro_tokens": 100}, "--micro-tokens 100: cannot hold one sequence"),
         ({"model": "some/model"}, "--data is missing"),
     ],
 )
@@ -158,7 +181,7 @@ def refusal(flags: list[str], *more: str) -> str:
 
 
 def test_refusals_name_the_culprit(flags: list[str], tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    bad = write_orz(tmp_path / "bad.json", [("1+1?", "2"), ("Which?", "the one that is not the other one"), *[("1+1?", "2")] * 8])
+    bad = write_orz(tmp_path / "bad.json", [("1+1?", "2"), ("Which?", r"16 \mid a_{81}"), *[("1+1?", "2")] * 8])
     assert "bad.json:2: Math-Verify cannot parse the gold answer" in refusal(flags, "--data", str(bad))
     cfg = parse([*flags, "--data", str(bad), "--run", "dropped", "--drop-bad-rows"])
     assert len(prepare(cfg).problems) == 9
@@ -170,12 +193,8 @@ def test_refusals_name_the_culprit(flags: list[str], tmp_path: Path, tokenizer: 
     assert "not a folder or hub id with a readable model" in refusal(flags, "--model", str(tmp_path))
     assert "over the 512 positions" in refusal(flags, "--response-tokens", "500")
 
-    from transformers import BertConfig
-
-    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32).save_pretrained(tmp_path / "t5")
+    T5Config(d_model=32, num_layers=1, num_heads=1, d_ff=32).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
-    config = json.loads((tmp_path / "t5" / "config.json").read_text()) | {"model_type": "t5"}
-    (tmp_path / "t5" / "config.json").write_text(json.dumps(config))
     assert "a t5 model is not a causal language model" in refusal(flags, "--model", str(tmp_path / "t5"))
 
 
@@ -184,7 +203,7 @@ def test_an_unwritable_or_used_run_folder_is_refused(flags: list[str], tmp_path:
     assert "cannot write the run folder" in refusal(flags, "--runs", str(tmp_path / "file"))
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "metrics.jsonl").touch()
-    cfg = parse([*flags, "--runs", str(tmp_path / "runs"), "--run", "old"])
+    cfg = parse([*flags, "--runs", str(tmp_path / "runs"), "--run", "old", "--no-overwrite"])
     with pytest.raises(ValueError, match="already holds a run; choose another --run or pass --overwrite"):
         prepare(cfg)
 
@@ -203,7 +222,10 @@ def qwen_folder(folder: Path) -> Path:
     """Qwen2.5's architecture, vocabulary width and tokenizer, randomly initialised, 4 layers of 256."""
     source = orz_data("qwen2_tokenizer", "vocab.json").parent
     tokenizer = Qwen2Tokenizer(
-        vocab=str(source / "vocab.json"), merges=str(source / "merges.txt"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        vocab=str(source / "vocab.json"),
+        merges=str(source / "merges.txt"),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     torch.manual_seed(0)
@@ -225,12 +247,10 @@ def test_real_tokenizer_vocabulary_and_data(tmp_path: Path, engine: str) -> None
     if engine == "vllm":
         pytest.importorskip("vllm")
     folder, (row,) = run(
-        ["--model", str(qwen_folder(tmp_path / "qwen")), "--data", str(tmp_path / "few.json"), "--runs", str(tmp_path), "--run", "real"],
-        "--engine", engine, "--steps", "1", "--prompts", "2", "--samples", "2", "--response-tokens", "16", "--critic-steps", "2",
-        "--drop-bad-rows", "--grader-workers", "1",
+        ["--model", str(qwen_folder(tmp_path / "qwen")), "--data", str(tmp_path / "few.json"), "--runs", str(tmp_path)],
+        "--engine", engine, "--steps", "1", "--prompts", "2", "--samples", "2", "--response-tokens", "16",
+        "--critic-steps", "2", "--drop-bad-rows", "--grader-workers", "1",
     )  # fmt: skip
     assert row["logp_gap_max"] < 1e-4
     assert row["truncated"] > 0
     assert (folder / "policy" / "tokenizer.json").exists()
-    assert token_values is not None
-    assert random_model is not None
