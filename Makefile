@@ -13,15 +13,14 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 # The package index's torch is the CUDA build on Linux: gigabytes that a laptop has no use for. PyTorch's own index of CPU
 # wheels is asked once; where it cannot be reached, the package index serves.
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
-# Small matrices on few cores: more threads than cores, or two programs' threads on the same cores, cost up to ten times.
-RUNENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}  # many small tests: threads would wait for each other
 
 .PHONY: demo test lint install clean
 demo: install
-	$(RUNENV) $(BIN)/python train.py --run $(RUN) --overwrite --engine $(ENGINE) --seed $(SEED)
+	$(BIN)/python train.py --run $(RUN) --overwrite --engine $(ENGINE) --seed $(SEED)
 
 test: install
-	$(RUNENV) $(BIN)/python -m pytest $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

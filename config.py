@@ -111,6 +111,8 @@ class Config:
     """Input tokens of a packed micro-batch; changes memory, not results (authors' packing length at 7B)."""
     rows: int = 256
     """Sequences the sampler holds at once."""
+    threads: int = 0
+    """CPU threads of this process; 0: torch's choice. One suits small matrices, and leaves a core to the grader."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights are float32 always."""
     vllm_memory: float = 0.4
@@ -130,6 +132,7 @@ QWEN: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "steps": 50, "prompts": 32, "samples": 8, "prompt_tokens": 64, "response_tokens": 128, "policy_lr": 1e-3,
     "critic_lr": 2e-3, "policy_warmup": 5, "critic_warmup": 20, "micro_tokens": 8192,
+    "threads": 1,
 }  # fmt: skip
 
 

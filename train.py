@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 import data
 import ppo
@@ -215,8 +215,11 @@ def finite(name: str, loss: Tensor) -> float:
 
 def main() -> None:
     """Command line. What can be refused before the run is refused in one line; anything later keeps its traceback."""
-    disable_progress_bar()  # of transformers; the run has its own
     cfg = parse(sys.argv[1:])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # the run has its own
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     try:
         inputs = prepare(cfg)
     except (ValueError, OSError) as wrong:
