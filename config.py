@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import data
 import tiny
 from data import Problem
+from grader import Grader
 from log import prepare_folder
-from reward import Grader
 
 
 @dataclass(frozen=True)

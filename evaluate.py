@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from data import Problem
+from grader import Grader
 from metrics import describe
-from reward import Grader
 from rollout import Rollout, Sampling, TransformersEngine, VllmEngine, sample
 
 

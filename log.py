@@ -96,7 +96,7 @@ class RunLog:
         stages = ", ".join(f"{name} {s:.1f}" for name, s in self.total.items())
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         wall = time.perf_counter() - self.began
-        self.console.print(f"\n{wall:.0f} s (by stage: {stages}), peak memory {memory:.1f} GB; everything is in {self.folder}")
+        self.console.print(f"\n{wall:.0f} s (by stage: {stages}), peak memory {memory:.1f} GB; results in {self.folder}")
         self.metrics.close()
         self.rollouts.close()
         self.events.close()
@@ -145,13 +145,9 @@ class RunLog:
         shown = record | {"left": f"{int(left // 60)}:{int(left % 60):02d}"}
         if step % 25 == 0:
             self.console.print(" ".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()), style="bold")
-        self.console.print(
-            " ".join(f"{shown.get(k, math.nan):>{width}{form}}" for k, (_, width, form) in COLUMNS.items())
-        )
+        self.console.print(" ".join(f"{shown.get(k, math.nan):>{width}{form}}" for k, (_, width, form) in COLUMNS.items()))
         if record["logp_gap"] > self.gap_limit:
-            self.console.print(
-                f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red"
-            )
+            self.console.print(f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red")
         self.progress.advance(self.task)
 
     def evaluation(self, step: int, result: Evaluated) -> Evaluated:

@@ -1,6 +1,6 @@
 r"""The reward (§2.1.2): R = 1 if the final answer equals the gold answer, else 0. No format reward, no partial credit.
 
-    response ──extract──▶ answer ──Grader──▶ worker process: Math-Verify(gold, answer) ──▶ R ∈ {0, 1}
+    response ──extract──▶ answer ──equal, in a worker of grader.py──▶ Math-Verify(gold, answer) ──▶ R ∈ {0, 1}
 
 **Extraction.** The answer is the content of the last closed `<answer>…</answer>`:
 
@@ -35,25 +35,16 @@ alone reads too little or too much:
 | tuples are ordered, lists and sets are not | `1,2`, `2 and 1`; `\{1,2\}`, `\{2,1\}` | `(1,2)`, `(2,1)`; `2`, `2,-1` |
 | numbers alike to 12 digits are equal | `\sqrt{51}`, `10\sqrt{0.51}` | `\frac{1}{3}`, `0.33` |
 
-**Workers.** Sooner or later a model writes `9^{9^9}`, and nothing inside Python can interrupt that. So comparisons run in
-separate processes of limited memory; one that misses its deadline is killed, counted, and replaced.
+Comparing may never end (a model will write `9^{9^9}`), so `equal` runs in a process of its own: `python reward.py --worker`
+is that process, and grader.py keeps several.
 """
 
 import json
-import os
 import re
 import resource
-import selectors
 import signal
-import subprocess
 import sys
-import threading
-import time
-import warnings
-from collections import OrderedDict, deque
 from contextlib import suppress
-from math import inf
-from typing import NamedTuple
 
 SENTENCE = re.compile(
     r"\b(is|are|was|were|be|has|have|can|cannot|we|it|there|this|that|therefore|thus|hence|because|since|so)\b", re.I
@@ -61,16 +52,6 @@ SENTENCE = re.compile(
 MAX_WORDS = 6
 MAX_CHARS = 2000  # real answers stay far below, and every parser here is slower than linear
 MEMORY = 1 << 30  # bytes of address space for a worker; sympy alone takes a quarter of it
-CACHE = 200_000
-
-Pair = tuple[str, str]  # gold, answer
-
-
-class Grade(NamedTuple):
-    reward: float
-    answer: str
-    timeout: bool
-
 
 # ── extraction ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -201,159 +182,6 @@ def _work(deadline: float) -> None:
             same = False
         signal.alarm(0)
         print(int(same), flush=True)
-
-
-# ── the pool, in the caller ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Worker:
-    def __init__(self, deadline: float) -> None:
-        # A program of its own, not a fork: the caller holds threads and a GPU. In its own session, so that Ctrl-C
-        # reaches the caller alone; it ends when its input does. -P: no file of this folder may shadow a library's.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", os.path.abspath(__file__), "--worker", str(deadline)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        )
-        self.ready = False
-        self.pair: Pair | None = None
-        self.due = inf
-
-    def send(self, pair: Pair, deadline: float) -> None:
-        self.pair, self.due = pair, time.monotonic() + deadline
-        with suppress(BrokenPipeError):  # it died while idle; the end of its output will say so
-            self.process.stdin.write(json.dumps(pair).encode() + b"\n")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-class Grader:
-    r"""Grades with `workers` processes. They start at once and import while the caller goes on.
-
-    >>> with Grader() as grader:
-    ...     grader.grade([r"two and two</think> <answer>\boxed{4}</answer>"], ["4"])
-    [Grade(reward=1.0, answer='4', timeout=False)]
-    """
-
-    def __init__(self, workers: int = 2, deadline: float = 3.0, require_boxed: bool = False) -> None:
-        self.deadline, self.require_boxed = deadline, require_boxed
-        self._known: OrderedDict[Pair, bool] = OrderedDict()
-        self._lock = threading.Lock()
-        self._failed_starts = 0
-        self._workers: list[_Worker] = []
-        self._selector = selectors.DefaultSelector()
-        for _ in range(workers):
-            self._start()
-
-    def __enter__(self) -> "Grader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for worker in list(self._workers):
-            self._stop(worker)
-        self._selector.close()
-
-    def grade(self, responses: list[str], golds: list[str]) -> list[Grade]:
-        """One grade per response. A comparison beyond the deadline earns 0 and is marked as a timeout."""
-        answers = [extract(response, self.require_boxed) for response in responses]
-        verdicts = self.equal(golds, answers)
-        late = verdicts.count(None)
-        if late > max(1, 0.05 * len(verdicts)):
-            warnings.warn(
-                f"{late} of {len(verdicts)} answers missed the grader's deadline of {self.deadline} s and earned 0. "
-                "If they are ordinary answers, the machine is overloaded: use fewer workers or a longer deadline.",
-                stacklevel=2,
-            )
-        return [Grade(float(v is True), a, v is None) for v, a in zip(verdicts, answers, strict=True)]
-
-    def equal(self, golds: list[str], answers: list[str]) -> list[bool | None]:
-        """Whether each answer equals its gold; None where the deadline passed. Like pairs are compared once."""
-        pairs = [(gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)]
-        verdicts: dict[Pair, bool | None] = {}
-        for gold, answer in pairs:
-            if not answer or answer == gold:  # the same text is the same answer, whatever it means
-                verdicts[gold, answer] = bool(answer)
-            elif len(answer) > MAX_CHARS:
-                verdicts[gold, answer] = False
-        verdicts |= self._compare([pair for pair in dict.fromkeys(pairs) if pair not in verdicts])
-        return [verdicts[pair] for pair in pairs]
-
-    def check_golds(self, golds: list[str]) -> list[bool]:
-        """False for a gold that cannot be earned: not readable, or once read not equal to itself."""
-        pairs = [(gold.strip(), gold.strip()) for gold in golds]
-        verdicts = self._compare(list(dict.fromkeys(pair for pair in pairs if pair[0])))
-        return [bool(verdicts.get(pair)) for pair in pairs]
-
-    def _compare(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
-        with self._lock:
-            verdicts: dict[Pair, bool | None] = {pair: self._known[pair] for pair in pairs if pair in self._known}
-            waiting = deque(pair for pair in pairs if pair not in verdicts)
-            retried: set[Pair] = set()
-            try:
-                while len(verdicts) < len(pairs):
-                    self._turn(waiting, verdicts, retried)
-            finally:  # after an interruption nobody waits for these any more
-                for worker in [worker for worker in self._workers if worker.pair]:
-                    self._replace(worker)
-            for pair, verdict in verdicts.items():
-                if verdict is not None:  # a timeout is not a verdict, and not remembered
-                    self._known[pair] = verdict
-                    self._known.move_to_end(pair)
-            while len(self._known) > CACHE:
-                self._known.popitem(last=False)
-            return verdicts
-
-    def _turn(self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]) -> None:
-        """Give work to idle workers, wait for one to speak, die or miss its deadline, and act on it."""
-        for worker in self._workers:
-            if waiting and worker.ready and not worker.pair:
-                worker.send(waiting.popleft(), self.deadline)
-        due = min(worker.due for worker in self._workers)
-        for key, _ in self._selector.select(None if due == inf else max(0.0, due - time.monotonic())):
-            worker, line = key.data, key.fileobj.readline()
-            if not line:  # dead: out of memory, or killed from outside. Its pair gets a second chance and no third.
-                if worker.pair in retried:
-                    verdicts[worker.pair] = False
-                elif worker.pair:
-                    retried.add(worker.pair)
-                    waiting.append(worker.pair)
-                self._replace(worker)
-            elif worker.pair:
-                verdicts[worker.pair] = line.strip() == b"1"
-                worker.pair, worker.due = None, inf
-            else:
-                worker.ready, self._failed_starts = True, 0
-        for worker in [worker for worker in self._workers if worker.due <= time.monotonic()]:
-            verdicts[worker.pair] = None
-            self._replace(worker)
-
-    def _start(self) -> None:
-        worker = _Worker(self.deadline)
-        self._workers.append(worker)
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-
-    def _stop(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        self._selector.unregister(worker.process.stdout)
-        worker.kill()
-
-    def _replace(self, worker: _Worker) -> None:
-        self._stop(worker)
-        self._failed_starts += not worker.ready
-        if self._failed_starts > 3:
-            command = f"{sys.executable} -P {os.path.abspath(__file__)} --worker {self.deadline}"
-            raise RuntimeError(f"the grader's workers do not start; this command says why: {command}")
-        self._start()
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ def sample(
     """`count` responses to each problem, problem by problem. Response i to the problem at place p is drawn from a random
     stream of its own, derived from (seed, p, i): it does not depend on what else is in the batch, and a resumed run draws
     it again."""
-    seeds = [
-        int.from_bytes(hashlib.blake2b(f"{seed}/{p}".encode(), digest_size=6).digest()) for p in range(len(problems))
-    ]
+    seeds = [int.from_bytes(hashlib.blake2b(f"{seed}/{p}".encode(), digest_size=6).digest()) for p in range(len(problems))]
     samples = engine.generate([p.prompt_ids for p in problems], seeds, count, sampling)
     texts = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=False)
     owners = [problem for problem in problems for _ in range(count)]
@@ -99,9 +97,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses Triton where none is needed
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of vLLM's own imports
-            from vllm import LLM, SamplingParams
+        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # vLLM's affair
+        from vllm import LLM, SamplingParams
 
         self.SamplingParams, self.eos = SamplingParams, list(eos)
         self.llm = LLM(
@@ -168,9 +165,7 @@ class TransformersEngine:
     def __init__(
         self, path: str, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], dtype: str, device: str, max_rows: int
     ) -> None:
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
         self.tokenizer, self.eos, self.max_rows, self.device = tokenizer, list(eos), max_rows, device
         self.pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
 
@@ -237,12 +232,11 @@ class TransformersEngine:
                 row, live, mask, token, position = row[keep], live[keep], mask[keep], token[keep], position[keep]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            logits = self.model(
-                token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
-            ).logits[:, -1]
+            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits[
+                :, -1
+            ]
         return [
-            Sample(i[:n], p[:n], f)
-            for i, p, n, f in zip(ids.tolist(), logp.tolist(), length.tolist(), finish, strict=True)
+            Sample(i[:n], p[:n], f) for i, p, n, f in zip(ids.tolist(), logp.tolist(), length.tolist(), finish, strict=True)
         ]
 
     def _may_stop(self, stop: tuple[str, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from data import Problem
 from rollout import Rollout
 
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # for the command lines that tests start
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grader as pool
 import reward
-from reward import Grade, Grader, extract
+from grader import Grade, Grader
+from reward import extract
 
 HOSTILE = ["9^{9^{9^9}}", "999999999!", "\\int_0^1 \\sin(x^{x^x}) \\cos(e^{x^2}) dx", "2^{2^{100}} + 1"]
 QUICK = ["7" * 1500, "\\frac{" * 300 + "1", "(" * 900, "\x00", "\\boxed{", "\\left(\\right.", "\ud800", "{{}", "1e999999999"]
@@ -263,8 +265,8 @@ def test_a_thread_may_grade(grader: Grader) -> None:
 
 def test_like_pairs_are_compared_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    send = reward._Worker.send
-    monkeypatch.setattr(reward._Worker, "send", lambda *args: (sent.append(args[1]), send(*args)))
+    send = pool._Worker.send
+    monkeypatch.setattr(pool._Worker, "send", lambda *args: (sent.append(args[1]), send(*args)))
     responses = ["<answer>14/4</answer>"] * 50 + ["<answer>3.5</answer>"] * 50
     assert all(grade.reward == 1.0 for grade in grader.grade(responses + responses, ["3.5"] * 200))
     assert sent == [("3.5", "14/4")]  # and the same text needs no comparison
@@ -272,7 +274,7 @@ def test_like_pairs_are_compared_once(grader: Grader, monkeypatch: pytest.Monkey
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward.sys, "executable", "/bin/false")
+    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
     grader = Grader(workers=1)
     with pytest.raises(RuntimeError, match="do not start; this command says why"):
         grader.equal(["1/2"], ["0.5"])
