@@ -15,7 +15,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -76,7 +76,7 @@ class RunLog:
         self.rollouts = (folder / "rollouts.jsonl").open("w")
         self.events = SummaryWriter(str(folder / "tensorboard"))
         self.seconds: dict[str, float] = {}
-        self.total: dict[str, float] = {}
+        self.total: dict[str, dict[str, float]] = {}  # stage → seconds over the run, and the process's peak memory then
         bar = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -93,10 +93,10 @@ class RunLog:
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
-        stages = ", ".join(f"{name} {s:.1f}" for name, s in self.total.items())
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         wall = time.perf_counter() - self.began
-        self.console.print(f"\n{wall:.0f} s (by stage: {stages}), peak memory {memory:.1f} GB; results in {self.folder}")
+        (self.folder / "summary.json").write_text(json.dumps({"seconds": wall, "stages": self.total}, indent=1) + "\n")
+        stages = ", ".join(f"{name} {used['seconds']:.1f}" for name, used in self.total.items())
+        self.console.print(f"\n{wall:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in {self.folder}")
         self.metrics.close()
         self.rollouts.close()
         self.events.close()
@@ -107,7 +107,10 @@ class RunLog:
         self.progress.update(self.task, description=name)
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = time.perf_counter() - start
+        used = self.total.setdefault(name, {"seconds": 0.0, "peak_gb": 0.0})
+        used["seconds"] += self.seconds[name]
+        used["peak_gb"] = _peak_gb()
 
     @contextmanager
     def saved_if_not_finite(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
@@ -130,8 +133,7 @@ class RunLog:
         tokens = sum(len(r.ids) for r in rollouts)
         record = {"step": step, **record, "tokens_per_second": tokens / seconds, "seconds": seconds}
         record |= {f"seconds_{name}": s for name, s in self.seconds.items()}
-        record["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self.total = {name: self.total.get(name, 0.0) + s for name, s in self.seconds.items()}
+        record["memory_gb"] = _peak_gb()
         self.seconds = {}
         print(json.dumps(_finite(record)), file=self.metrics, flush=True)
         for name, value in record.items():
@@ -150,9 +152,11 @@ class RunLog:
             self.console.print(f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red")
         self.progress.advance(self.task)
 
-    def evaluation(self, step: int, result: Evaluated) -> Evaluated:
-        """Record a held-out evaluation made after `step` updates, in evaluations.jsonl, as events and as a line."""
-        record, rollouts = result
+    def evaluation(self, step: int, held_out: Callable[[int], Evaluated]) -> Evaluated:
+        """Evaluate after `step` updates; record it in evaluations.jsonl, as events and as a line."""
+        with self.phase("evaluate"):
+            result = record, rollouts = held_out(step)
+        del self.seconds["evaluate"]  # not part of a step
         with (self.folder / "evaluations.jsonl").open("a") as file:
             print(json.dumps({"step": step, "problems": len(rollouts)} | _finite(record)), file=file)
         for name, value in record.items():
@@ -188,6 +192,10 @@ def transcript(r: Rollout) -> dict[str, Any]:
         "problem": r.problem.source, "question": r.problem.question, "gold": r.problem.answer, "response": r.text,
         "answer": r.answer, "reward": r.reward, "finish": r.finish, "tokens": len(r.ids), "timeout": r.timeout,
     }  # fmt: skip
+
+
+def _peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _finite(record: dict[str, float]) -> dict[str, float]:

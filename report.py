@@ -79,8 +79,33 @@ def _read(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def table(folders: list[Path]) -> str:
+    """One line a run: held-out metrics before and after training, and its seconds."""
+    lines = [f"{'run':24s} {'accuracy':>16s} {'length':>14s} {'format':>16s} {'reflection':>16s} {'seconds':>8s}"]
+    for folder in folders:
+        evaluations, summary = _read(folder / "evaluations.jsonl"), json.loads((folder / "summary.json").read_text())
+        first, last = evaluations[0], evaluations[-1]
+        cells = [
+            f"{first[k]:.{n}f} → {last[k]:.{n}f}"
+            for k, n in (("reward", 3), ("length", 1), ("format", 3), ("reflection", 3))
+        ]
+        lines.append(
+            f"{folder.name:24s} {cells[0]:>16s} {cells[1]:>14s} {cells[2]:>16s} {cells[3]:>16s} {summary['seconds']:8.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw the figures of each run named, and print the table where they were evaluated."""
+    folders = [Path(a) for a in sys.argv[1:]]
+    if not folders or not all((f / "metrics.jsonl").is_file() for f in folders):
+        sys.exit("usage: python report.py runs/NAME …   (folders with metrics.jsonl)")
+    for folder in folders:
+        print(*figures(folder), sep="\n")
+    evaluated = [f for f in folders if (f / "evaluations.jsonl").is_file() and (f / "summary.json").is_file()]
+    if evaluated:
+        print(table(evaluated))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
-        sys.exit("usage: python report.py runs/NAME   (a folder with metrics.jsonl)")
-    for file in figures(Path(sys.argv[1])):
-        print(file)
+    main()

@@ -53,7 +53,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
     rollout.sync(engine, policy)
     refuse_wrong_sampler(cfg, policy, sample(problems[:4], -1))
     with grader, RunLog(Path(cfg.runs) / cfg.run, cfg) as log:
-        before = log.evaluation(0, held_out(0)) if heldout else None
+        before = log.evaluation(0, held_out) if heldout else None
         for step in range(cfg.steps):
             with log.phase("sample"):
                 rollouts = sample(data.take(problems, step, cfg.prompts, cfg.seed), step)
@@ -71,9 +71,9 @@ def train(cfg: Config, inputs: Inputs) -> Path:
                 rollout.sync(engine, policy)
             log.step(step, describe(rollouts) | stats, rollouts)
             if heldout and cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-                log.evaluation(step + 1, held_out(step + 1))
+                log.evaluation(step + 1, held_out)
         if before:
-            log.before_after(before, log.evaluation(cfg.steps, held_out(cfg.steps)))
+            log.before_after(before, log.evaluation(cfg.steps, held_out))
     export(policy, tokenizer, log.folder / "policy")
     if critic:
         export(critic, tokenizer, log.folder / "critic")
