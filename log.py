@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,9 +49,12 @@ Evaluated = tuple[dict[str, float], list[Rollout]]
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder, or raise an OSError or ValueError that says what to do, before anything expensive."""
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{folder} already holds a run; choose another --run or pass --overwrite")
     try:
+        if folder.exists() and any(folder.iterdir()):
+            if not overwrite:
+                raise ValueError(f"{folder} is not empty; choose another --run or pass --overwrite")
+            if not (folder / "config.json").exists():
+                raise ValueError(f"{folder} holds files that are not a run's; --overwrite will not remove them")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -68,8 +72,8 @@ class RunLog:
         self.folder, self.steps, self.keep = folder, config.steps, config.keep_rollouts
         self.gap_limit, self.began = config.logp_gap, time.perf_counter()
         self.console = Console(highlight=False, soft_wrap=True)
-        for old in (*folder.glob("tensorboard/*"), *folder.glob("*.jsonl"), *folder.glob("*.png")):
-            old.unlink()
+        shutil.rmtree(folder)  # empty, or a run that --overwrite gave up (prepare_folder)
+        folder.mkdir()
         described = asdict(config) | {"versions": _versions(), "machine": platform.platform(), "revision": _revision()}
         (folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
         self.metrics = (folder / "metrics.jsonl").open("w")

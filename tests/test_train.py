@@ -202,10 +202,20 @@ def test_an_unwritable_or_used_run_folder_is_refused(flags: list[str], tmp_path:
     (tmp_path / "file").touch()
     assert "cannot write the run folder" in refusal(flags, "--runs", str(tmp_path / "file"))
     (tmp_path / "runs" / "old").mkdir(parents=True)
-    (tmp_path / "runs" / "old" / "metrics.jsonl").touch()
+    (tmp_path / "runs" / "old" / "thesis.tex").touch()
     cfg = parse([*flags, "--runs", str(tmp_path / "runs"), "--run", "old", "--no-overwrite"])
-    with pytest.raises(ValueError, match="already holds a run; choose another --run or pass --overwrite"):
+    with pytest.raises(ValueError, match="is not empty; choose another --run or pass --overwrite"):
         prepare(cfg)
+
+
+def test_overwrite_replaces_runs_only(flags: list[str]) -> None:
+    run(flags, "--run", "twice", "--steps", "1")
+    folder, rows = run(flags, "--run", "twice", "--steps", "1")
+    assert len(rows) == 1
+    (folder.parent / "notes").mkdir()
+    (folder.parent / "notes" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not a run's; --overwrite will not remove them"):
+        prepare(parse([*flags, "--run", "notes"]))
 
 
 def test_command_line_refuses_in_one_line_with_a_code() -> None:
