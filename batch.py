@@ -85,7 +85,7 @@ def mini_batches(lengths: Sequence[int], count: int, seed: int) -> list[list[int
     Shuffled, then longest first into the lightest mini-batch. Fewer sequences than `count` give one mini-batch each.
 
     >>> mini_batches([5, 1, 1, 3], 2, seed=0)
-    [[0], [3, 2, 1]]
+    [[0], [3, 1, 2]]
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     minis: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]

@@ -117,7 +117,7 @@ class Config:
     """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights are float32 always."""
     vllm_memory: float = 0.4
     """Share of the GPU's memory that vLLM may take."""
-    logp_gap: float = 0.1
+    max_logp_gap: float = 0.1
     """Refuse to start when sampler and trainer differ by more than this per token on average (nats): a wrong sampler."""
     keep_rollouts: int = 16
     """Responses of each iteration written to rollouts.jsonl."""

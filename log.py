@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.steps, self.keep = folder, config.steps, config.keep_rollouts
-        self.gap_limit, self.began = config.logp_gap, time.perf_counter()
+        self.gap_limit, self.began = config.max_logp_gap, time.perf_counter()
         self.console = Console(highlight=False, soft_wrap=True)
         shutil.rmtree(folder)  # empty, or a run that --overwrite gave up (prepare_folder)
         folder.mkdir()
@@ -127,9 +128,7 @@ class RunLog:
                 for r in rollouts:
                     ids = {"prompt_ids": r.problem.prompt_ids, "ids": r.ids, "logprobs": r.logprobs}
                     print(json.dumps(transcript(r) | ids, ensure_ascii=False), file=file)
-            raise FloatingPointError(
-                f"step {step}: {wrong}; weights are as before the update, the step's rollouts are in {path}"
-            ) from wrong
+            raise FloatingPointError(f"step {step}: {wrong}; the step's rollouts are in {path}") from wrong
 
     def step(self, step: int, record: dict[str, float], rollouts: Sequence[Rollout]) -> None:
         """Write the metrics of a step, some of its rollouts, and its line."""
@@ -199,7 +198,8 @@ def transcript(r: Rollout) -> dict[str, Any]:
 
 
 def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _finite(record: dict[str, float]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
         return evaluate(engine, tokenizer, grader, heldout, cfg.eval_samples, sampling, f"{cfg.seed}/eval/{step}")
 
     rollout.sync(engine, policy)
-    refuse_wrong_sampler(cfg, policy, sample(problems[:4], -1))
+    refuse_wrong_sampler(cfg, policy, rollout.sample(engine, tokenizer, problems[:4], 1, sampling, f"{cfg.seed}/check"))
     with grader, RunLog(Path(cfg.runs) / cfg.run, cfg) as log:
         before = log.evaluation(0, held_out) if heldout else None
         for step in range(cfg.steps):
@@ -87,9 +87,7 @@ def open_engine(
     """The sampler: vLLM where it is asked for or a GPU is present, else transformers."""
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     if cfg.engine == "vllm" or (cfg.engine == "auto" and device == "cuda"):
-        return VllmEngine(
-            path, eos, dtype, cfg.prompt_tokens + cfg.response_tokens, cfg.rows, cfg.vllm_memory, cfg.seed
-        )
+        return VllmEngine(path, eos, dtype, cfg.prompt_tokens + cfg.response_tokens, cfg.rows, cfg.vllm_memory, cfg.seed)
     return TransformersEngine(path, tokenizer, eos, dtype, device, cfg.rows)
 
 
@@ -198,9 +196,9 @@ def refuse_wrong_sampler(cfg: Config, policy: PreTrainedModel, rollouts: Sequenc
     on another model's samples without any other sign."""
     logp_sampler = torch.tensor([p for r in rollouts for p in r.logprobs], device=policy.device)
     gap = float((logprobs(cfg, policy, rollouts) - logp_sampler).abs().mean())
-    if not gap <= cfg.logp_gap:
+    if not gap <= cfg.max_logp_gap:
         raise RuntimeError(
-            f"sampler and trainer differ by {gap:.3g} nats per token (limit --logp-gap {cfg.logp_gap}): "
+            f"sampler and trainer differ by {gap:.3g} nats per token (limit --max-logp-gap {cfg.max_logp_gap}): "
             "the sampler does not hold the policy's weights"
         )
 

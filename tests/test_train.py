@@ -106,7 +106,7 @@ def test_learning_rate_zero_changes_nothing(flags: list[str], base_folder: Path)
         ["--kl-reward", "0.1", "--kl-estimator", "k1"],
         ["--advantage", "grpo"],
         ["--policy-steps", "3", "--value-clip", "0.2", "--lam", "0.95"],
-        ["--tis-cap", "2", "--temperature", "0.8", "--top-p", "0.9", "--logp-gap", "5"],
+        ["--tis-cap", "2", "--temperature", "0.8", "--top-p", "0.9", "--max-logp-gap", "5"],
         ["--value-head", "zeros", "--anneal-steps", "2", "--require-boxed"],
         ["--template", "paper", "--prompt-tokens", "480"],
     ],
