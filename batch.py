@@ -14,6 +14,7 @@ A micro-batch is one row in which whole sequences stand one after another ("samp
 Attention is causal inside a sequence and blind between sequences. No [T × T] mask is ever built.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -79,15 +80,15 @@ def _pack(rollouts: Sequence[Rollout], row: list[int], starts: list[int], device
     )  # fmt: skip
 
 
-def mini_batches(lengths: Sequence[int], count: int, seed: int) -> list[list[int]]:
+def mini_batches(lengths: Sequence[int], count: int, seed: str) -> list[list[int]]:
     """Split sequences into `count` mini-batches of near-equal token counts, using each exactly once.
 
     Shuffled, then longest first into the lightest mini-batch. Fewer sequences than `count` give one mini-batch each.
 
-    >>> mini_batches([5, 1, 1, 3], 2, seed=0)
+    >>> mini_batches([5, 1, 1, 3], 2, seed="0/0")
     [[0], [3, 1, 2]]
     """
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     minis: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
     load = [0] * len(minis)
     for i in sorted(order, key=lambda i: -lengths[i]):

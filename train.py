@@ -61,7 +61,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
                 score(grader, rollouts)
             with log.saved_if_not_finite(step, rollouts):
                 with log.phase("values"):
-                    values = predict(cfg, critic, rollouts)
+                    values = predict(cfg, critic, rollouts, device)
                     A, targets = advantages(cfg, policy, reference, rollouts, values)
                 with log.phase("critic"):
                     stats = update_critic(cfg, critic, critic_optimizer, rollouts, values, targets, step)
@@ -91,11 +91,11 @@ def open_engine(
     return TransformersEngine(path, tokenizer, eos, dtype, device, cfg.rows)
 
 
-def predict(cfg: Config, critic: PreTrainedModel | None, rollouts: Sequence[Rollout]) -> Tensor:
+def predict(cfg: Config, critic: PreTrainedModel | None, rollouts: Sequence[Rollout], device: str) -> Tensor:
     """V(s_t) of all response tokens before the critic's update, flat (N,); zeros where there is no critic."""
     if critic is None:
-        return torch.zeros(sum(len(r.ids) for r in rollouts))
-    return over_tokens(lambda micro: token_values(critic, micro), rollouts, cfg.micro_tokens, critic.device)
+        return torch.zeros(sum(len(r.ids) for r in rollouts), device=device)
+    return over_tokens(lambda micro: token_values(critic, micro), rollouts, cfg.micro_tokens, device)
 
 
 def advantages(
@@ -124,7 +124,7 @@ def update_critic(
         return {}
     lengths = [len(r.ids) for r in rollouts]
     losses, norms, lr = [], [], 0.0
-    for k, members in enumerate(mini_batches(lengths, cfg.critic_steps, seed=step)):
+    for k, members in enumerate(mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")):
         tokens, total = sum(lengths[i] for i in members), 0.0
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, critic.device):
             v = token_values(critic, micro)
@@ -156,7 +156,7 @@ def update_policy(
     logp_old = logprobs(cfg, policy, rollouts) if cfg.policy_steps > 1 else None
     sums = dict.fromkeys(("policy_loss", "entropy", "clipped", "logp_gap", "kl"), 0.0)
     gap_max, norms, lr = 0.0, [], 0.0
-    for k, members in enumerate(mini_batches(lengths, cfg.policy_steps, seed=step)):
+    for k, members in enumerate(mini_batches(lengths, cfg.policy_steps, f"{cfg.seed}/{step}")):
         tokens = sum(lengths[i] for i in members)
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, policy.device):
             logp, entropy = token_logprobs(policy, micro, cfg.temperature)

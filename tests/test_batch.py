@@ -108,10 +108,10 @@ def test_micro_batches_use_every_token_once_within_the_limit(problems: list[Prob
 def test_mini_batches_are_near_equal_and_use_every_response_once() -> None:
     torch.manual_seed(0)
     lengths = torch.randint(1, 200, (256,)).tolist()
-    minis = mini_batches(lengths, 12, seed=3)
+    minis = mini_batches(lengths, 12, seed="3")
     assert len(minis) == 12
     assert sorted(i for mini in minis for i in mini) == list(range(256))
     tokens = [sum(lengths[i] for i in mini) for mini in minis]
     assert max(tokens) <= 1.03 * sum(lengths) / 12
-    assert minis == mini_batches(lengths, 12, seed=3) != mini_batches(lengths, 12, seed=4)
-    assert mini_batches([3, 3], 12, seed=0) in ([[0], [1]], [[1], [0]])
+    assert minis == mini_batches(lengths, 12, seed="3") != mini_batches(lengths, 12, seed="4")
+    assert mini_batches([3, 3], 12, seed="0") in ([[0], [1]], [[1], [0]])
