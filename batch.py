@@ -86,7 +86,7 @@ def mini_batches(lengths: Sequence[int], count: int, seed: str) -> list[list[int
     Shuffled, then longest first into the lightest mini-batch. Fewer sequences than `count` give one mini-batch each.
 
     >>> mini_batches([5, 1, 1, 3], 2, seed="0/0")
-    [[0], [3, 1, 2]]
+    [[0], [3, 2, 1]]
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     minis: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
