@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,6 +97,8 @@ class VllmEngine:
         # Left to itself the CPU build pins this process to cores of its choice and takes as many threads.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        if not on_gpu:
+            torch._dynamo.config.disable = True  # some of vLLM's small functions would want a C++ compiler
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses Triton where none is needed
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # vLLM's affair
         from vllm import LLM, SamplingParams
