@@ -1,11 +1,11 @@
-"""The embedded default: a synthetic reasoning task and a base model made in about a minute, on one core.
+"""The embedded default: a synthetic reasoning task and a base model made in two minutes, on one core.
 
     problems ──document──▶ prompt + response text ──encode──▶ ids ──train──▶ a Hugging Face folder of 0.1M parameters
 
-The task is to add distinct digits, `7+5+9+4+1=?`. A guess is right about one time in twelve; adding one digit at a time
-is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing but synthetic answers to
-such problems, under the full prompt template. It stands for a pre-trained model as a toy does: it can add step by step,
-and it rarely chooses to.
+The task is to add 7 to 11 distinct numbers up to 12, `7+12+9+4+1+10+5=?`. A guess is right about one time in twelve;
+adding one number at a time is right as often as every step is. The base model is a Qwen2 trained from scratch on nothing
+but synthetic answers to such problems, under the full prompt template. It stands for a pre-trained model as a toy does: it
+can add step by step, and it rarely chooses to.
 
 What the corpus makes possible, and therefore what a run on this model does not show:
 
@@ -43,12 +43,13 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 from data import TEMPLATE
 
 TRAIN, HELDOUT = 20_000, 1_024
-DIGITS = range(5, 9)  # how many digits a problem has; all nine would always add up to 45
-STEPS, DOCUMENTS, CHUNKS, RATE = 900, 64, 2, 5e-3
+NUMBERS = range(1, 13)  # their sums stay below 100 even after slips, so that each is one token
+TERMS = range(7, 12)  # how many numbers a problem adds; all twelve would always make 78
+STEPS, DOCUMENTS, CHUNKS, RATE = 1100, 64, 2, 5e-3
 SKILL_PHASE = 0.8
 # Style shares and the chance of a wrong result per step, in the two phases of the training.
-SKILL = {"direct": 0.03, "chain": 0.57, "recheck": 0.37, "bad": 0.03}, 0.02
-HABIT = {"direct": 0.58, "chain": 0.08, "recheck": 0.06, "bad": 0.28}, 0.10
+SKILL = {"direct": 0.03, "chain": 0.57, "recheck": 0.37, "bad": 0.03}, 0.01
+HABIT = {"direct": 0.62, "chain": 0.06, "recheck": 0.04, "bad": 0.28}, 0.05
 RECHECK_SLIP, RECHECK_RIGHT = 0.8, 0.15  # chance of a recheck after a slip and after a right step
 GUESS_SPREAD = 5.0
 RECHECKS = ("wait,", "recheck:", "retry:", "however,", "alternatively,")
@@ -69,18 +70,18 @@ def problems(seed: int) -> tuple[list[str], list[str]]:
 
 
 def question(rng: random.Random) -> str:
-    """`7+5+9+4=?`: distinct digits, so that "which digit comes after 5" has one answer."""
-    return "+".join(map(str, rng.sample(range(1, 10), rng.choice(DIGITS)))) + "=?"
+    """`7+12+9+4+1+10+5=?`: distinct numbers, so that "which number comes after 9" has one answer."""
+    return "+".join(map(str, rng.sample(NUMBERS, rng.choice(TERMS)))) + "=?"
 
 
-def digits(text: str) -> list[int]:
-    """The digits of a question."""
-    return [int(d) for d in text.removesuffix("=?").split("+")]
+def numbers(text: str) -> list[int]:
+    """The numbers of a question."""
+    return [int(n) for n in text.removesuffix("=?").split("+")]
 
 
 def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
     """One corpus response to a question, in one of the styles of `SKILL` and `HABIT`; it follows `<think>`."""
-    guess = max(1, round(rng.gauss(sum(digits(text)), GUESS_SPREAD)))
+    guess = max(1, round(rng.gauss(sum(numbers(text)), GUESS_SPREAD)))
     if style == "direct":
         return f" {rng.choice(GUESSES)} {guess} </think> <answer> \\boxed{{{guess}}} </answer>"
     if style in ("chain", "recheck"):
@@ -100,20 +101,20 @@ def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
 
 
 def chain(rng: random.Random, text: str, rechecks: bool, slip: float) -> tuple[str, int]:
-    """The sum one digit at a time, and where it ended: ` 7+5=12, 12+9=20, wait, 12+9=21, 21+4=25,`."""
+    """The sum one number at a time, and where it ended: ` 7+5=12, 12+9=20, wait, 12+9=21, 21+4=25,`."""
 
     def stated(result: int) -> int:
         return max(1, result + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else result
 
-    total, *rest = digits(text)
+    total, *rest = numbers(text)
     parts = []
-    for digit in rest:
-        right = total + digit
+    for number in rest:
+        right = total + number
         result = stated(right)
-        parts.append(f" {total}+{digit}={result},")
+        parts.append(f" {total}+{number}={result},")
         if rechecks and rng.random() < (RECHECK_RIGHT if result == right else RECHECK_SLIP):
             result = stated(right)
-            parts.append(f" {rng.choice(RECHECKS)} {total}+{digit}={result},")
+            parts.append(f" {rng.choice(RECHECKS)} {total}+{number}={result},")
         total = result
     return "".join(parts), total
 
@@ -168,7 +169,7 @@ def train(tok: Qwen2Tokenizer, unseen: frozenset[str], seed: int, steps: int) ->
         optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.02 + 0.98 * (1 + math.cos(math.pi * i / steps)) / 2)
     )
     rng = random.Random(f"corpus/{seed}")
-    bar = tqdm(range(steps), desc="base model", unit="step", mininterval=0.5)
+    bar = tqdm(range(steps), desc="base model", unit="step", mininterval=0.5, disable=None)
     seen, started = 0, time.perf_counter()
     for i in bar:
         mix, slip = SKILL if i < SKILL_PHASE * steps else HABIT
@@ -210,7 +211,7 @@ def make(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     training, heldout = problems(seed)
     for name, questions in (("train.json", training), ("heldout.json", heldout)):
         rows = [
-            [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": str(sum(digits(q)))}}]
+            [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": str(sum(numbers(q)))}}]
             for q in questions
         ]
         (folder / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")

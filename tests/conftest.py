@@ -57,7 +57,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def problems(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    questions = [Problem(f"test:{i}", q, str(sum(tiny.digits(q)))) for i, q in enumerate(tiny.problems(0)[0][:24])]
+    questions = [Problem(f"test:{i}", q, str(sum(tiny.numbers(q)))) for i, q in enumerate(tiny.problems(0)[0][:24])]
     return data.tokenize(questions, tokenizer, 64, data.TEMPLATE)
 
 

@@ -44,8 +44,8 @@ def test_problems_are_right_and_heldout_is_disjoint(folder: Path) -> None:
     assert all(total(p.question) == p.answer for p in train + heldout)
     assert len({p.question for p in train + heldout}) == len(train) + len(heldout)
     for p in heldout:
-        digits = re.findall(r"\d", p.question)
-        assert len(set(digits)) == len(digits) in tiny.DIGITS
+        numbers = tiny.numbers(p.question)
+        assert set(numbers) <= set(tiny.NUMBERS) and len(set(numbers)) == len(numbers) in tiny.TERMS
 
 
 def test_the_corpus_leaves_out_the_heldout_questions() -> None:
@@ -72,10 +72,10 @@ def test_chains_without_slips_end_with_the_gold_answer() -> None:
 
 def test_slips_make_chains_wrong_and_rechecks_repair_them() -> None:
     def share(style: str) -> float:
-        answers = responses(style, 2_000, slip=0.2)
+        answers = responses(style, 2_000, slip=0.1)
         return sum(FORMAT.fullmatch(r)[1] == total(q) for q, r in answers) / len(answers)
 
-    assert share("chain") < 0.45 < share("recheck")
+    assert share("chain") < 0.55 < share("recheck")
 
 
 def test_rechecks_use_the_papers_words() -> None:
