@@ -79,7 +79,7 @@ class Config:
     critic_warmup: int = 50
     """Critic optimizer steps of linear warm-up (§3.1)."""
     anneal_steps: int = 0
-    """Anneal the policy's rate linearly over this many iterations (the paper's last stage: 100); 0: constant."""
+    """Anneal the policy's rate linearly over this many policy steps (the paper's last stage: 100); 0: constant."""
     anneal_to: float = 3e-7
     """Rate at the end of annealing (§3.1)."""
     max_norm: float = 1.0

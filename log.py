@@ -154,6 +154,7 @@ class RunLog:
         if record["logp_gap"] > self.gap_limit:
             self.console.print(f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red")
         self.progress.advance(self.task)
+        self.console.file.flush()  # into a file, too, a line a step
 
     def evaluation(self, step: int, held_out: Callable[[int], Evaluated]) -> Evaluated:
         """Evaluate after `step` updates; record it in evaluations.jsonl, as events and as a line."""

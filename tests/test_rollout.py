@@ -1,7 +1,6 @@
 """rollout.py: both engines give what the trainer would have given, and follow its weights."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -219,4 +218,3 @@ def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:
     question = tiny.problems(0)[0][0]
     ids = tokenizer.encode(data.prompt(question), add_special_tokens=False)
     assert tokenizer.decode(ids) == data.prompt(question)
-    assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") == "0"
