@@ -74,8 +74,10 @@ def test_a_run_leaves_everything(flags: list[str], base_folder: Path, engine: st
     assert load_critic(str(folder / "critic")).score.weight.abs().sum() > 0
 
 
-def test_reward_length_and_format_rise_together(tmp_path: Path) -> None:
-    """The recipe learns: a half-trained tiny base, fifteen steps, nothing but the 0/1 reward."""
+def test_reward_length_and_format_rise_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe learns: shorter sums, a base of half the training, fifteen steps, nothing but the 0/1 reward."""
+    monkeypatch.setattr(tiny, "NUMBERS", range(1, 10))
+    monkeypatch.setattr(tiny, "TERMS", range(4, 7))
     tiny.make(tmp_path / "base", seed=0, steps=500)
     files = {"model": str(tmp_path / "base"), "data": str(tmp_path / "base" / "train.json"), "runs": str(tmp_path)}
     cfg = Config(**TINY | files | {"run": "learns", "steps": 15, "grader_workers": 1})
