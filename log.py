@@ -182,7 +182,9 @@ class RunLog:
         for heading in ("", "before", "after"):
             table.add_column(heading, justify="right" if heading else "left")
         for name in ("reward", "length", "format", "reflection", "truncated"):
-            table.add_row("accuracy" if name == "reward" else name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+            digits = 1 if name == "length" else 3
+            name_shown = "accuracy" if name == "reward" else name
+            table.add_row(name_shown, f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
         self.console.print(table)
         for first, last in filter(None, (learned, wrong)):
             self.console.print(f"\n{first.problem.question}   gold {first.problem.answer}", style="bold", markup=False)

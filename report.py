@@ -43,7 +43,7 @@ def figures(folder: Path) -> list[Path]:
     evaluations = _read(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").exists() else []
     written = []
     for name, title, left, right in FIGURES:
-        fig, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        fig, axis = plt.subplots(figsize=(6.8, 4.2), layout="constrained")
         twin = axis.twinx() if right else None
         lines = []
         styles = iter(("#1f4e9c", "#7aa6de"))
@@ -62,7 +62,7 @@ def figures(folder: Path) -> list[Path]:
             twin.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.spines["top"].set_visible(False)
-        axis.legend(handles=lines, loc="lower right", frameon=False, fontsize=9)
+        fig.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
         path = folder / f"{name}.png"
         fig.savefig(path, dpi=150)
         plt.close(fig)
@@ -72,7 +72,8 @@ def figures(folder: Path) -> list[Path]:
 
 def _curve(axis, rows: list[dict[str, float]], metric: str, label: str, color: str, dash: str) -> list:  # noqa: ANN001
     points = [(row["step"], row[metric]) for row in rows if metric in row]
-    return axis.plot(*zip(*points, strict=True), dash, color=color, label=label, linewidth=1.8) if points else []
+    name = label.split(" [")[0]  # the axis says the unit
+    return axis.plot(*zip(*points, strict=True), dash, color=color, label=name, linewidth=1.8) if points else []
 
 
 def _read(path: Path) -> list[dict[str, float]]:
