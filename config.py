@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +38,8 @@ class Config:
     seed: int = 0
     """Every random stream of the run derives from it (and, for `tiny`, the base model's)."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM on a GPU, else transformers."""
+    """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM where there are
+    a GPU and vLLM, else transformers."""
 
     steps: int = 1000
     """Iterations of rollout and update. (The 32B run took 1,100, then 100 annealing.)"""
@@ -182,6 +184,8 @@ def check(cfg: Config) -> None:
     longest = cfg.prompt_tokens + cfg.response_tokens
     why = f"cannot hold one sequence of --prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
     require(cfg.micro_tokens >= longest, "micro_tokens", why)
+    if cfg.engine == "vllm" and find_spec("vllm") is None:
+        raise ValueError("--engine vllm: vLLM is not installed here; install it, or pass --engine transformers")
     if cfg.model != "tiny" and not cfg.data:
         raise ValueError("--data is missing: JSON in the authors' form, or JSONL with question and answer")
 

@@ -9,6 +9,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -84,9 +85,9 @@ def train(cfg: Config, inputs: Inputs) -> Path:
 def open_engine(
     cfg: Config, path: str, tokenizer: PreTrainedTokenizerBase, eos: list[int], device: str
 ) -> VllmEngine | TransformersEngine:
-    """The sampler: vLLM where it is asked for or a GPU is present, else transformers."""
+    """The sampler that the run asks for; see `Config.engine`."""
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    if cfg.engine == "vllm" or (cfg.engine == "auto" and device == "cuda"):
+    if cfg.engine == "vllm" or (cfg.engine == "auto" and device == "cuda" and find_spec("vllm")):
         return VllmEngine(path, eos, dtype, cfg.prompt_tokens + cfg.response_tokens, cfg.rows, cfg.vllm_memory, cfg.seed)
     return TransformersEngine(path, tokenizer, eos, dtype, device, cfg.rows)
 

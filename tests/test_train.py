@@ -182,9 +182,11 @@ def test_defaults_are_the_papers_and_presets_can_be_overridden() -> None:
         ({"advantage": "grpo", "samples": 1}, "--samples 1: --advantage grpo compares the samples"),
         ({"micro_tokens": 100}, "--micro-tokens 100: cannot hold one sequence"),
         ({"model": "some/model"}, "--data is missing"),
+        ({"engine": "vllm"}, "--engine vllm: vLLM is not installed here"),
     ],
 )
-def test_settings_that_cannot_work(changes: dict, message: str) -> None:
+def test_settings_that_cannot_work(changes: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("config.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         check(Config(**{"model": "tiny"} | changes))
 
