@@ -7,6 +7,7 @@ ENGINE ?= auto
 SEED ?= 0
 RUN ?= demo
 BIN := .venv/bin
+SYSTEM := $(shell uname)
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 TORCH := $(shell grep '^torch==' requirements.txt)
@@ -29,12 +30,14 @@ install: .venv/installed
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-ifeq ($(GPU),)
+ifneq ($(GPU),)
+	$(BIN)/pip install -q -r requirements.txt
+else ifeq ($(SYSTEM),Linux)
 	$(BIN)/pip install -q --retries 0 --timeout 15 --no-deps --index-url $(CPU_WHEELS) $(TORCH) 2>/dev/null \
 	  || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q --no-deps --only-binary :all: -r requirements-cpu.txt
-else
-	$(BIN)/pip install -q -r requirements.txt
+else # vLLM's CPU build is for Linux
+	grep -v vllm requirements.txt | $(BIN)/pip install -q -r /dev/stdin
 endif
 	$(BIN)/python -c 'import torch, transformers, math_verify'
 	@$(BIN)/python -c 'import vllm' 2>/dev/null || echo 'vLLM does not load on this machine; ENGINE=transformers does without it.'
