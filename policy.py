@@ -33,7 +33,8 @@ def token_logprobs(policy: PreTrainedModel, micro: MicroBatch, temperature: floa
         logz = logits.logsumexp(-1)
         logp = logits.gather(-1, actions[:, None]).squeeze(-1) - logz
         with torch.no_grad():
-            entropy = logz - ((logits - logz[:, None]).exp() * logits).sum(-1)
+            log_p = logits - logz[:, None]  # Σ p log p, not log Z − Σ p·logit, which cancels where the policy is sure
+            entropy = -(log_p.exp() * log_p).sum(-1)
         return logp, entropy
 
     if len(h) <= chunk:
