@@ -1,5 +1,5 @@
 # make demo    the recipe on the tiny model: makes the environment, the base model, trains, draws
-# make test    the tests, about five minutes on two cores          make lint    ruff
+# make test    the tests, about three minutes on two cores         make lint    ruff
 # Options: ENGINE=vllm|transformers  SEED=0  RUN=demo
 
 PYTHON ?= python3
