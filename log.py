@@ -3,6 +3,7 @@
 runs/<name>/  config.json      every resolved setting, versions, git revision
               metrics.jsonl    one object a step
               evaluations.jsonl  held-out metrics before, during and after
+              summary.json     seconds and peak memory by stage
               rollouts.jsonl   some sampled responses of every step
               tensorboard/     the metrics again, as events
               *.png            figures drawn at the end (report.py)
@@ -162,7 +163,7 @@ class RunLog:
             result = record, rollouts = held_out(step)
         del self.seconds["evaluate"]  # not part of a step
         with (self.folder / "evaluations.jsonl").open("a") as file:
-            print(json.dumps({"step": step, "problems": len(rollouts)} | _finite(record)), file=file)
+            print(json.dumps({"step": step, "responses": len(rollouts)} | _finite(record)), file=file)
         for name, value in record.items():
             self.events.add_scalar(f"heldout/{name}", value, step)
         self.console.print(
@@ -182,9 +183,8 @@ class RunLog:
         for heading in ("", "before", "after"):
             table.add_column(heading, justify="right" if heading else "left")
         for name in ("reward", "length", "format", "reflection", "truncated"):
-            digits = 1 if name == "length" else 3
-            name_shown = "accuracy" if name == "reward" else name
-            table.add_row(name_shown, f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
+            form = ".1f" if name == "length" else ".3f"
+            table.add_row("accuracy" if name == "reward" else name, f"{before[name]:{form}}", f"{after[name]:{form}}")
         self.console.print(table)
         for first, last in filter(None, (learned, wrong)):
             self.console.print(f"\n{first.problem.question}   gold {first.problem.answer}", style="bold", markup=False)

@@ -1,6 +1,6 @@
-"""Figures of a run: metrics.jsonl → the curves the paper plots, as PNG.
+"""Figures of runs, and a table of them: metrics.jsonl → the curves the paper plots, as PNG.
 
-python report.py runs/NAME
+python report.py runs/NAME [runs/OTHER …]
 """
 
 import json

@@ -211,11 +211,9 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         cache = DynamicCache(config=self.model.config)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(
-            padded, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        ).logits
+        out = self.model(padded, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(count)
-        logits, mask = logits[:, -1].repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
+        logits, mask = out.logits[:, -1].repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
         position = position[:, -1:].repeat_interleave(count, 0)
 
         row = torch.arange(rows, device=self.device)  # which response each row of the shrinking batch is
@@ -235,9 +233,8 @@ class TransformersEngine:
                 row, live, mask, token, position = row[keep], live[keep], mask[keep], token[keep], position[keep]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits[
-                :, -1
-            ]
+            out = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
+            logits = out.logits[:, -1]
         return [
             Sample(i[:n], p[:n], f) for i, p, n, f in zip(ids.tolist(), logp.tolist(), length.tolist(), finish, strict=True)
         ]

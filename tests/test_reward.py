@@ -9,9 +9,9 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from conftest import orz_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,9 +31,7 @@ def grader() -> Iterator[Grader]:
 
 
 def rows(*parts: str) -> list[dict]:
-    if "ORZ_DATA" not in os.environ:
-        pytest.skip("ORZ_DATA is not set")
-    return [json.loads(line) for line in Path(os.environ["ORZ_DATA"], *parts).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in orz_data(*parts).read_text(encoding="utf-8").splitlines()]
 
 
 def verdicts(grader: Grader, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
