@@ -117,7 +117,7 @@ class RunLog:
             pass  # some cluster file systems have no locks
         for old in self.folder.iterdir() if not same else ():  # a run that --overwrite gave up (prepare_folder)
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-        described = asdict(config) | {"versions": _versions(), "machine": platform.platform(), "revision": _revision()}
+        described = asdict(config) | {"versions": versions(), "machine": platform.platform(), "revision": revision()}
         (self.folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
         for name in ("checkpoints", *(["rollouts"] if self.saves_all else [])):
             (self.folder / name).mkdir(exist_ok=True)
@@ -264,11 +264,13 @@ def _finite(record: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in record.items() if math.isfinite(value)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on."""
     return {name: version(name) for name in ("torch", "transformers", "math-verify", "numpy")}
 
 
-def _revision() -> str:
+def revision() -> str:
+    """Of this program: git's short hash, with -dirty where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
