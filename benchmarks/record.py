@@ -1,5 +1,4 @@
-"""What a benchmark leaves: a table on the screen, and results/<name>.json that also holds its command, the machine, the versions
-and the revision.
+"""What a benchmark leaves: a table on the screen, and results/<name>.json with the command, machine, versions and revision.
 
     python benchmarks/record.py      RESULTS.md anew, from all of results/
 """
@@ -47,7 +46,8 @@ def record(name: str, title: str, rows: Sequence[Row], notes: Sequence[str] = ()
 def machine() -> str:
     """Processor, cores, memory, and GPUs if there are some."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     parts = [f"{os.cpu_count()} × {names[0] if names else platform.machine()}", f"{memory:.0f} GB"]
     return ", ".join(parts + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
@@ -86,7 +86,7 @@ def _cell(value: str | float | int | None) -> str:
 def results() -> str:
     """All of RESULTS.md."""
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    head = "# What was measured\n\nEvery table is what its command printed; `python benchmarks/record.py` puts them together.\n"
+    head = "# What was measured\n\nTables as their commands printed them, put together by `python benchmarks/record.py`.\n"
     return "\n".join([head, *map(markdown, found)])
 
 
