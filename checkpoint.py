@@ -50,7 +50,8 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
             named[f"{role}/{name}"] = p.detach()
             state = optimizer.state[p]
             if not state:
-                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                step = torch.zeros((), device=p.device)
+                state |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 named[f"{role}/{name}/{key}"] = state[key].detach()
     return named

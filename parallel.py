@@ -167,7 +167,7 @@ def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | N
     layers = [m for m in module.modules() if type(m).__name__ in names]
     if sharding.activation_checkpointing:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if not started():
         module.to(device())
         return
@@ -220,6 +220,4 @@ def on_device(
 def _move(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, where: str) -> None:
     module.to(where)
     for state in optimizer.state.values() if optimizer else ():
-        for name, value in state.items():
-            if name != "step":  # AdamW counts its steps on the host
-                state[name] = value.to(where)
+        state.update({name: value.to(where) for name, value in state.items()})

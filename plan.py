@@ -93,8 +93,8 @@ def update(cfg: Config, role: str) -> Items:
     | attention | b·(3Q + 2K) + 4·heads | q, k, v unfolded by sequence; output, and folded back; log-sum-exp |
     | MLP | 4b·I | gate, SiLU(gate), up, their product |
 
-    With activation checkpointing b·H stay, and one layer at a time has all of it again. A logit takes 20 bytes in the
-    backward pass of `policy.Policy`. A step has several micro-batches, so that gradients are there from the beginning.
+    With activation checkpointing b·H stay, and one layer at a time has all of it again. A step has several micro-batches, so
+    that gradients are there from the beginning.
     """
     s, tokens, b = shape(cfg.model), cfg.micro_tokens, 2 if cfg.gpus else 4
     is_policy, parameters = role == "policy", getattr(s, role)
@@ -104,25 +104,22 @@ def update(cfg: Config, role: str) -> Items:
     kept, again = (s.layers * stream, layer) if cfg.activation_checkpointing else (s.layers * layer, 0)
     last = norm + (0 if is_policy else tokens * 4 * s.hidden - stream)  # the value head reads the final norm in float32
 
-    logits = min(tokens * s.vocab, max(policy.CHUNK_ELEMENTS, s.vocab)) * is_policy
-    chunked = 0 < logits < tokens * s.vocab
-    embedding = b * s.vocab * s.hidden  # a vocabulary head's gradient is as large
+    logits = min(tokens * s.vocab, max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], s.vocab)) * is_policy
+    embedding = b * s.vocab * s.hidden  # a vocabulary head's gradient is as large, and summed in float32
     head = embedding * (is_policy and (cfg.gpus > 0 or s.tied))  # it waits for the embedding's, or for its FSDP group's
     if cfg.gpus:  # FSDP gathers what is in no layer for a whole pass, and two layers at a time; it sums in float32
         always = b * (parameters - s.layers * s.layer)
         gathered, of_layer = always + 2 * b * s.layer, (4 + b) * s.layer
-        adamw = 4 * parameters / shards(cfg)  # square roots of all second moments at once
     else:
         always = gathered = of_layer = 0
-        adamw = 8 * max(s.vocab, s.width) * s.hidden  # one parameter at a time
-    names = ("activations", "logits", "gathered weights", "whole gradients", "AdamW at work")
+    names = ("activations", "logits", "gathered weights", "whole gradients")
+    rounded = b if cfg.gpus else 0  # gradients of logits and of the head, beside the float32 ones
     moments = [
-        (kept + last + 2 * stream, 20 * logits, gathered, embedding * chunked, 0),  # backward through a chunk's log-softmax
-        (kept + last, 0, gathered, embedding * (3 if chunked else 1) * is_policy, 0),  # its gradient of the head is added
-        (kept + last + tokens * 20 * s.hidden, 0, gathered, head, 0),  # through the final norm, in float32
-        (kept + again + tokens * 2 * b * s.width + stream, 0, gathered, head + of_layer, 0),  # through a layer's MLP
-        (stream, 0, always, head + embedding * (1 + (is_policy and s.tied)) + of_layer, 0),  # through the embedding
-        (0, 0, 0, 0, adamw),
+        (kept + last + stream, 8 * logits, gathered, 0),  # logits and their exponentials
+        (kept + last + 2 * stream, (4 + rounded) * logits, gathered, (4 + rounded) * s.vocab * s.hidden * is_policy),
+        (kept + last + tokens * 20 * s.hidden, 0, gathered, head),  # backward through the final norm, in float32
+        (kept + again + tokens * 2 * b * s.width + stream, 0, gathered, head + of_layer),  # through a layer's MLP
+        (stream, 0, always, head + embedding + of_layer),  # through the embedding
     ]
     return dict(zip(names, max(moments, key=sum), strict=True))
 

@@ -51,7 +51,7 @@ def test_chunked_logprobs_equal_the_naive_ones(
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 16 * V)
+    monkeypatch.setitem(policy.CHUNK, "cpu", 16 * V)
     logp, entropy = model(micro, temperature)
     (logp * weights).sum().backward()
     torch.testing.assert_close(logp, naive, atol=1e-5, rtol=1e-5)
@@ -69,7 +69,7 @@ def test_tokens_times_vocabulary_never_exists(
     V = model.model.config.vocab_size
     micro = one_row(problems, V, [60] * 12)
     n = len(micro.actions)
-    monkeypatch.setattr(policy, "CHUNK_ELEMENTS", 32 * V)
+    monkeypatch.setitem(policy.CHUNK, "cpu", 32 * V)
     with Largest() as largest:
         model(micro)[0].sum().backward()
     other = max(p.numel() for p in model.parameters()), micro.input_ids.shape[1] * model.model.config.intermediate_size

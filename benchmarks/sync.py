@@ -1,0 +1,141 @@
+"""From an optimizer step to a sampler with the new weights: seconds, bytes, and whether it really uses them.
+
+    python benchmarks/sync.py [--sizes 1M 10M 100M 10M-untied] [--engines transformers vllm]
+
+Random Qwen2 models in float32, each in a process of its own: two vLLM engines in one interfere. Five times: responses are
+sampled, the policy takes a step on them (`train.update_policy`, at a learning rate that no stale sampler could hide), and
+`rollout.sync` passes the weights on. Medians of the five; gaps are the largest of all.
+
+| column | meaning |
+|---|---|
+| MB | what is passed: every parameter, and the head by name also where it is the embedding |
+| sync s, GB/s | seconds of `rollout.sync`; the same bytes a second |
+| first token s, later | one token for each of 8 prompts: the first call after a sync, and the next |
+| gap stale, gap | largest |log-prob of the sampler − of the trainer| after the step, before the sync and after it |
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import record
+import torch
+import transformers
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import data
+import ppo
+import rollout
+import tiny
+import train
+from config import Config
+from data import Problem
+from engine import Sampling, TransformersEngine, VllmEngine
+from policy import Policy, load_policy
+
+SIZES = {  # vocabulary, hidden size, layers, key-value heads; heads of 32, the narrowest that vLLM has on a CPU
+    "1M": (1024, 128, 4, 2),
+    "10M": (4096, 320, 6, 2),
+    "100M": (16384, 768, 12, 4),
+}
+CFG = Config(policy_lr=1e-3, policy_warmup=0)
+PROMPTS, TOKENS, TIMES = 8, 16, 5
+
+
+def random_model(folder: Path, size: str) -> None:
+    """A Qwen2 of a size of `SIZES`, under the tiny tokenizer, which knows only the first of its tokens."""
+    name, _, untied = size.partition("-")
+    vocab, hidden, layers, kv_heads = SIZES[name]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=kv_heads, max_position_embeddings=1024,
+        tie_word_embeddings=not untied, initializer_range=0.05, bos_token_id=None,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def gap(policy: Policy, sampled: Sequence[rollout.Rollout]) -> float:
+    """Largest |Δ log-prob| between sampler and trainer."""
+    logp = torch.tensor([p for r in sampled for p in r.logprobs])
+    return float((train.logprobs(CFG, policy, sampled) - logp).abs().max())
+
+
+def measure(kind: str, size: str, folder: Path) -> record.Row:
+    """One engine beside one policy, in this process."""
+    tokenizer = tiny.tokenizer()
+    questions = [Problem(f"sync:{i}", question, "") for i, question in enumerate(tiny.problems(0)[1][:PROMPTS])]
+    problems = data.tokenize(questions, tokenizer, 64, data.TEMPLATE)
+    if kind == "vllm":
+        engine = VllmEngine(str(folder), [tokenizer.eos_token_id], "float32", 128, PROMPTS, 0.4)
+    else:
+        engine = TransformersEngine(str(folder), tokenizer, [tokenizer.eos_token_id], "float32", "cpu", PROMPTS)
+    policy = load_policy(str(folder))
+    optimizer = ppo.adamw(list(policy.parameters()))
+
+    def sample(tokens: int) -> list[rollout.Rollout]:
+        return rollout.sample(engine, tokenizer, problems, 1, Sampling(tokens), "0")
+
+    rollout.sync(engine, policy)
+    syncs, firsts, laters, stale, after = [], [], [], [], []
+    for step in range(TIMES):
+        sampled = sample(TOKENS)
+        A = torch.cat([torch.full((len(r.ids),), i % 2 - 0.5) for i, r in enumerate(sampled)])
+        train.update_policy(CFG, policy, None, optimizer, sampled, A, step)
+        stale.append(gap(policy, sample(TOKENS)))
+        syncs.append(seconds(lambda: rollout.sync(engine, policy)))
+        firsts.append(seconds(lambda: sample(1)))
+        laters.append(seconds(lambda: sample(1)))
+        after.append(gap(policy, sample(TOKENS)))
+    parameters = sum(p.numel() for p in policy.parameters())
+    tied = policy.model.config.tie_word_embeddings
+    passed = engine.dtype.itemsize * (parameters + tied * policy.model.get_output_embeddings().weight.numel())
+    engine.close()
+    return {
+        "engine": kind, "model": size, "parameters": parameters, "MB": passed / 1e6, "sync s": median(syncs),
+        "GB/s": passed / 1e9 / median(syncs), "first token s": median(firsts), "later": median(laters),
+        "gap stale": min(stale), "gap": max(after),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=[*SIZES, "10M-untied"])
+    kinds = ["transformers", *(["vllm"] if find_spec("vllm") else [])]
+    parser.add_argument("--engines", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)  # a folder: measure the model there, write row.json
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    if args.alone:
+        row = measure(args.engines[0], args.sizes[0], args.alone)
+        (args.alone / "row.json").write_text(json.dumps(row))
+        return
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in args.sizes:
+            random_model(Path(folder), size)
+            for kind in args.engines:
+                command = [sys.executable, __file__, "--engines", kind, "--sizes", size, "--alone", folder]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                table.append(json.loads(Path(folder, "row.json").read_text()))
+    note = f"Medians of {TIMES}; the gaps are the smallest of the stale and the largest after a sync."
+    record.record("sync", "From an optimizer step to the sampler", table, [note, f"{torch.get_num_threads()} threads."])
+
+
+if __name__ == "__main__":
+    main()
