@@ -156,13 +156,17 @@ def packed_attention(
     """
     if sliding_window is not None:
         raise ValueError("packed attention has no sliding window; use a model whose layers attend to the whole sequence")
-    start, end = boundaries[:-1, None], boundaries[1:, None]
-    at = start + torch.arange(longest, device=query.device)  # (S, longest) place in the row
-    inside = at < end
-    at = at.clamp(max=query.shape[2] - 1)
-    q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (S, heads, longest, d)
+    S, T = len(boundaries) - 1, query.shape[2]
+    at = torch.arange(T, device=query.device, dtype=boundaries.dtype)
+    sequence = torch.searchsorted(boundaries, at, right=True) - 1
+    fold = sequence * longest + at - boundaries[sequence]  # place in the row → place in the unfolded one
+    unfold = boundaries[:-1, None] + torch.arange(longest, device=query.device)  # and back
+    unfold = unfold.clamp(max=T - 1).flatten()
+    q, k, v = (
+        x[0].transpose(0, 1).index_select(0, unfold).unflatten(0, (S, longest)).transpose(1, 2) for x in (query, key, value)
+    )  # (S, heads, longest, d)
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)[inside][None], None
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, fold)[None], None
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -124,6 +124,8 @@ class Config:
     """Folder of a trained critic to begin with (an export of ours, or one of the authors'); none: the base model."""
     activation_checkpointing: bool = False
     """Keep one hidden state per layer for the backward pass and compute the rest again: less memory, a third more work."""
+    compile: bool = False
+    """Compile the decoder layers of policy and critic (GPUs; a CPU needs a C++ compiler)."""
     offload: bool = False
     """Hold policy, critic and their optimizers in host memory except in their own phases (GPUs)."""
     replicas: int = 1

@@ -140,6 +140,7 @@ class Sharding(NamedTuple):
     replicas: int = 1
     activation_checkpointing: bool = False
     offload: bool = False
+    compile: bool = False
 
 
 def load(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
@@ -165,8 +166,10 @@ def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | N
     """
     names = module.model._no_split_modules or ()
     layers = [m for m in module.modules() if type(m).__name__ in names]
-    if sharding.activation_checkpointing:
-        for layer in layers:
+    for layer in layers:
+        if sharding.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if sharding.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if not started():
         module.to(device())

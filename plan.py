@@ -210,8 +210,8 @@ def work(cfg: Config) -> dict[str, tuple[float, float]]:
     """Phase of a step → floating-point operations, and seconds if the GPUs were H100s; `show` says what is assumed.
 
     Forward, a token costs 2 operations per weight and, attention being causal, 2·Q per layer and token of its sequence;
-    backward twice that, and activation checkpointing once more. The critic's mini-batches together use every response
-    once, so that policy and critic read the same tokens.
+    backward twice that, and activation checkpointing once more, as always for logits. The critic's mini-batches together
+    use every response once, so that policy and critic read the same tokens.
     """
     s, gpus, count = shape(cfg.model), max(1, cfg.gpus), cfg.prompts * cfg.samples
     prompt, response = min(PROMPT, cfg.prompt_tokens), cfg.response_tokens * MEAN
@@ -219,7 +219,8 @@ def work(cfg: Config) -> dict[str, tuple[float, float]]:
     body = count * length * s.layers * (2 * s.layer + 2 * s.heads * s.head_size * length)
     whole = body + count * response * 2 * s.vocab * s.hidden
     passes, old = 4 if cfg.activation_checkpointing else 3, whole * (cfg.policy_steps > 1)  # log π_old: a pass of its own
-    flops = {"sample": whole, "values": body, "critic": passes * body, "policy": passes * whole + old, "sync": 0.0}
+    update = passes * body + 4 * (whole - body)  # logits are computed twice in any case
+    flops = {"sample": whole, "values": body, "critic": passes * body, "policy": update + old, "sync": 0.0}
     seconds = {phase: f / (gpus * FLOPS * MFU) for phase, f in flops.items()}
 
     # An engine decodes `rows` sequences at once; for every token it reads its weights, and keys and values of all of them.

@@ -84,11 +84,9 @@ def _logits(h: Tensor, W: Tensor, temperature: float) -> Iterator[tuple[slice, T
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
     """out ← keep · out + a b, in float32: logits rounded to bfloat16 would be off by up to 0.06."""
-    if a.dtype == torch.float32:
-        return out.addmm_(a, b, beta=keep)
-    if a.is_cuda:
+    if a.dtype == torch.bfloat16 and a.is_cuda:
         return torch.addmm(out, a, b, out_dtype=torch.float32, beta=keep, out=out)
-    return out.addmm_(a.float(), b.float(), beta=keep)
+    return torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
 def load_policy(path: str, sharding: Sharding = Sharding()) -> Policy:  # noqa: B008

@@ -99,7 +99,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
 
 def load_models(cfg: Config, path: str) -> tuple[Policy, Critic | None, Policy | None]:
     """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for KL."""
-    sharding = parallel.Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload)
+    sharding = parallel.Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile)
     policy = load_policy(path, sharding)
     critic = load_critic(cfg.init_critic or path, cfg.value_head, cfg.seed, sharding) if "critic" in cfg.roles else None
     fixed = sharding._replace(offload=False)
@@ -154,15 +154,15 @@ def update_critic(
     lengths = [len(r.ids) for r in rollouts]
     losses, norms, lr = [], [], 0.0
     for k, members in enumerate(mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")):
-        tokens, total = sum(lengths[i] for i in members), 0.0
+        tokens, total = sum(lengths[i] for i in members), torch.zeros((), device=values.device)
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, values.device):
             v = critic(micro)
             loss = ppo.value_loss(v, targets[micro.flat], values[micro.flat], cfg.value_clip) / tokens
             loss.backward()
-            total += finite("value loss", loss)
+            total += loss.detach()
         lr = ppo.learning_rate(step * cfg.critic_steps + k, cfg.critic_lr, cfg.critic_warmup)
+        losses.append(finite("value loss", total))
         norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_norm))
-        losses.append(total)
     return {
         "value_loss": mean(parallel.total(torch.tensor(losses, dtype=torch.float64)).tolist()),
         "critic_grad_norm": mean(norms),
@@ -183,8 +183,9 @@ def update_policy(
     lengths = [len(r.ids) for r in rollouts]
     logp_sampler = torch.tensor([p for r in rollouts for p in r.logprobs], device=A.device)
     logp_old = logprobs(cfg, policy, rollouts) if cfg.policy_steps > 1 else None
-    sums = dict.fromkeys(("policy_loss", "entropy", "clipped", "logp_gap", "kl"), 0.0)
-    gap_max, norms, lr = 0.0, [], 0.0
+    names = ("policy_loss", "entropy", "clipped", "logp_gap", "kl")
+    sums = torch.zeros(len(names), dtype=torch.float64, device=A.device)  # read once: a GPU need not wait for the host
+    kl, gap_max, norms, lr = torch.zeros((), device=A.device), torch.zeros(1, device=A.device), [], 0.0
     for k, members in enumerate(mini_batches(lengths, cfg.policy_steps, f"{cfg.seed}/{step}")):
         tokens = sum(lengths[i] for i in members)
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, A.device):
@@ -199,21 +200,18 @@ def update_policy(
                     logp_ref, _ = reference(micro, cfg.temperature)
                 kl = ppo.kl(logp, logp_ref, cfg.kl_estimator).sum()
                 loss = loss + cfg.kl_loss * kl
-                sums["kl"] += float(kl.detach())
             (loss / tokens).backward()
             gap = (old - logp_sampler[micro.flat]).abs()
-            gap_max = max([gap_max, *gap.tolist()])
-            sums["policy_loss"] += finite("policy loss", loss)
-            sums["entropy"] += float(entropy.sum())
-            sums["clipped"] += float(clipped.sum())
-            sums["logp_gap"] += float(gap.sum())
+            gap_max = torch.cat([gap_max, gap]).max(0, keepdim=True).values
+            sums += torch.stack([loss.detach(), entropy.sum(), clipped.sum(), gap.sum(), kl.detach()])
+        finite("policy loss", sums[0])
         lr = ppo.learning_rate(
             step * cfg.policy_steps + k, cfg.policy_lr, cfg.policy_warmup, cfg.anneal_steps, cfg.anneal_to
         )
         norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_norm))
-    totals = parallel.total(torch.tensor(list(sums.values()), dtype=torch.float64)) / sum(lengths)
-    per_token = {name: float(t) for name, t in zip(sums, totals, strict=True) if name != "kl" or cfg.kl_loss}
-    return per_token | {"logp_gap_max": parallel.largest(gap_max), "policy_grad_norm": mean(norms), "policy_lr": lr}
+    totals = (parallel.total(sums) / sum(lengths)).tolist()
+    per_token = {name: total for name, total in zip(names, totals, strict=True) if name != "kl" or cfg.kl_loss}
+    return per_token | {"logp_gap_max": parallel.largest(float(gap_max)), "policy_grad_norm": mean(norms), "policy_lr": lr}
 
 
 def logprobs(cfg: Config, model: Policy, rollouts: Sequence[Rollout]) -> Tensor:

@@ -2,7 +2,7 @@
 
     python benchmarks/sync.py [--sizes 1M 10M 100M 10M-untied] [--engines transformers vllm]
 
-Random Qwen2 models in float32, each in a process of its own: two vLLM engines in one interfere. Five times: responses are
+Random Qwen2 models in float32, vLLM each in a process of its own: two engines in one interfere. Five times: responses are
 sampled, the policy takes a step on them (`train.update_policy`, at a learning rate that no stale sampler could hide), and
 `rollout.sync` passes the weights on. Medians of the five; gaps are the largest of all.
 
@@ -10,7 +10,7 @@ sampled, the policy takes a step on them (`train.update_policy`, at a learning r
 |---|---|
 | MB | what is passed: every parameter, and the head by name also where it is the embedding |
 | sync s, GB/s | seconds of `rollout.sync`; the same bytes a second |
-| first token s, later | one token for each of 8 prompts: the first call after a sync, and the next |
+| first token s, later | one token for each of 4 prompts: the first call after a sync, and the next |
 | gap stale, gap | largest |log-prob of the sampler − of the trainer| after the step, before the sync and after it |
 """
 
@@ -46,7 +46,7 @@ SIZES = {  # vocabulary, hidden size, layers, key-value heads; heads of 32, the 
     "100M": (16384, 768, 12, 4),
 }
 CFG = Config(policy_lr=1e-3, policy_warmup=0)
-PROMPTS, TOKENS, TIMES = 8, 16, 5
+PROMPTS, TOKENS, TIMES = 4, 8, 5
 
 
 def random_model(folder: Path, size: str) -> None:
@@ -93,15 +93,16 @@ def measure(kind: str, size: str, folder: Path) -> record.Row:
 
     rollout.sync(engine, policy)
     syncs, firsts, laters, stale, after = [], [], [], [], []
+    sampled = sample(TOKENS)
     for step in range(TIMES):
-        sampled = sample(TOKENS)
         A = torch.cat([torch.full((len(r.ids),), i % 2 - 0.5) for i, r in enumerate(sampled)])
         train.update_policy(CFG, policy, None, optimizer, sampled, A, step)
-        stale.append(gap(policy, sample(TOKENS)))
+        stale.append(gap(policy, sampled))
         syncs.append(seconds(lambda: rollout.sync(engine, policy)))
         firsts.append(seconds(lambda: sample(1)))
         laters.append(seconds(lambda: sample(1)))
-        after.append(gap(policy, sample(TOKENS)))
+        sampled = sample(TOKENS)
+        after.append(gap(policy, sampled))
     parameters = sum(p.numel() for p in policy.parameters())
     tied = policy.model.config.tie_word_embeddings
     passed = engine.dtype.itemsize * (parameters + tied * policy.model.get_output_embeddings().weight.numel())
@@ -113,26 +114,32 @@ def measure(kind: str, size: str, folder: Path) -> record.Row:
     }  # fmt: skip
 
 
+def measure_alone(size: str, folder: Path) -> record.Row:
+    """The same for vLLM, in a process of its own."""
+    command = [sys.executable, __file__, "--sizes", size, "--alone", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "row.json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=[*SIZES, "10M-untied"])
     kinds = ["transformers", *(["vllm"] if find_spec("vllm") else [])]
     parser.add_argument("--engines", nargs="+", default=kinds, choices=kinds)
-    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)  # a folder: measure the model there, write row.json
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)  # vLLM with the model in this folder
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     if args.alone:
-        row = measure(args.engines[0], args.sizes[0], args.alone)
-        (args.alone / "row.json").write_text(json.dumps(row))
+        (args.alone / "row.json").write_text(json.dumps(measure("vllm", args.sizes[0], args.alone)))
         return
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes:
             random_model(Path(folder), size)
-            for kind in args.engines:
-                command = [sys.executable, __file__, "--engines", kind, "--sizes", size, "--alone", folder]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                table.append(json.loads(Path(folder, "row.json").read_text()))
+            if "transformers" in args.engines:
+                table.append(measure("transformers", size, Path(folder)))
+            if "vllm" in args.engines:
+                table.append(measure_alone(size, Path(folder)))
     note = f"Medians of {TIMES}; the gaps are the smallest of the stale and the largest after a sync."
     record.record("sync", "From an optimizer step to the sampler", table, [note, f"{torch.get_num_threads()} threads."])
 
