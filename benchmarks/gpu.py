@@ -77,6 +77,7 @@ GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 CHECKPOINTING, PLAIN = Sharding(activation_checkpointing=True), Sharding()
 HEAD = " head"  # a model of that surname has one narrow layer between embedding and vocabulary head
+START = 120  # seconds that a run end to end may take; vLLM compiles and records CUDA graphs before it samples
 COLUMNS = ["what", "model", "tokens", "setting", "seconds", "step seconds", "tokens/s", "TFLOP/s", "MFU %", "peak GB",
            "plan GB", "GB/s", "difference", "note"]  # fmt: skip
 Trained = tuple[Policy | Critic, torch.optim.AdamW]
@@ -141,7 +142,7 @@ def planned(scale: Scale, folder: Path, base: Callable[[], Path]) -> list[Measur
         labels = {"model": name, "tokens": scale.head_tokens, "setting": f"{chunk:,} logits"}
         add("log-prob head", partial(head, scale, folder, name, chunk), **labels)
     for engine in ("transformers", *["vllm"] * (GPU and find_spec("vllm") is not None)):
-        add("tiny end to end", partial(end_to_end, scale, folder, base, engine), 60, model="tiny", setting=engine)
+        add("tiny end to end", partial(end_to_end, scale, folder, base, engine), START, model="tiny", setting=engine)
     for name, role, count in product(names, roles, others):
         add_update(name, role, count, CHECKPOINTING)
     add("offload", partial(offload, scale, main), 20, model=main, setting="policy and moments")
@@ -488,7 +489,7 @@ def end_to_end(scale: Scale, folder: Path, base: Callable[[], Path], engine: str
     command += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of this process's group
     env = {name: value for name, value in os.environ.items() if name not in ours} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=START)
     if done.returncode:
         raise RuntimeError(f"train.py: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     first, *steps = map(json.loads, (folder / engine / "metrics.jsonl").open())

@@ -163,7 +163,8 @@ def on_ranks(path: str, ranks: int, threads: int) -> Seconds:
 def row(labels: record.Row, rounds: list[Seconds]) -> record.Row:
     """Medians of the rounds."""
     phases = {f"{phase} s": median(one[phase] for one in rounds) for phase in ("sample", "values", "critic", "policy")}
-    return labels | phases | {"sum s": median(one["values"] + one["critic"] + one["policy"] for one in rounds)}
+    sums = median(one["values"] + one["critic"] + one["policy"] for one in rounds)
+    return labels | phases | {"sum s": sums, "ratio": None}
 
 
 def tables(rounds: int) -> list[record.Row]:
@@ -186,12 +187,11 @@ def tables(rounds: int) -> list[record.Row]:
     for name, group in DOUBLED.items():
         rows = [row({"doubled": name, "value": f"{getattr(s, name):,}"}, measured[s]) for s in group]
         for s, cells in zip(group, rows, strict=True):
-            cells |= {"ratio": None, "attention FLOPs": attention_flops(s, shapes[s.vocabulary])}
-            cells |= {"attention s": median(one["attention"] for one in measured[s]), "other ratio": None}
+            cells["attention FLOPs"] = attention_flops(s, shapes[s.vocabulary])
+            cells["attention s"] = median(one["attention"] for one in measured[s])
         for above, cells in pairwise(rows):
-            cells["ratio"] = cells["sum s"] / above["sum s"]
             others = [x["sum s"] - x["attention s"] for x in (above, cells)]
-            cells["other ratio"] = others[1] / others[0]
+            cells |= {"ratio": cells["sum s"] / above["sum s"], "other ratio": others[1] / others[0]}
         table += rows
     names = {(1, 2): "1 process, 2 threads", (2, 1): "2 ranks, 1 thread each"}
     pair = [row({"doubled": "ranks", "value": name}, measured[key]) for key, name in names.items()]
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.step:
         parallel.start(5)
@@ -218,15 +219,16 @@ def main() -> None:
         parallel.stop()
         return
     table = tables(args.rounds)
-    base, s, seven = Setting(), plan.shape("Qwen2.5-7B"), "At Qwen2.5-7B's shape attention has"
-    shares = [attention_flops(Setting(length=n), s) for n in (1000, 8000)]
+    base, seven = Setting(), plan.shape("Qwen2.5-7B")
+    shares = [attention_flops(Setting(length=n), seven) for n in (1000, 4000, 8000)]
     notes = [
-        f"Others: {base.length} tokens, {base.batch} responses, vocabulary {base.vocabulary:,}; "
-        f"ranks: {ON_RANKS.length} tokens, {ON_RANKS.batch} responses. {CFG.critic_steps} critic steps, micro-batches of "
-        f"{CFG.micro_tokens:,} tokens, {args.rounds} rounds.",
-        f"{seven} {shares[0]:.1%} of the operations at 1,000 response tokens and {shares[1]:.1%} at 8,000.",
+        f"Otherwise {base.length} tokens, {base.batch} responses, vocabulary {base.vocabulary:,}; last two rows "
+        f"{ON_RANKS.length} tokens, {ON_RANKS.batch} responses. {CFG.critic_steps} critic steps, at most "
+        f"{CFG.micro_tokens:,} tokens in a row, {args.rounds} rounds.",
+        "At Qwen2.5-7B's shape attention has {:.1%}, {:.1%} and {:.1%} of the operations of responses of 1,000, 4,000 and "
+        "8,000 tokens.".format(*shares),
     ]
-    record.record("scaling", "Cost of a step as it doubles", table, notes)
+    record.record("scaling", "A step as length, batch and vocabulary double", table, notes)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@
 
 Random Qwen2 models in float32, vLLM each in a process of its own: two engines in one interfere. Five times: responses are
 sampled, the policy takes a step on them (`train.update_policy`, at a learning rate that no stale sampler could hide), and
-`rollout.sync` passes the weights on. Medians of the five; gaps are the largest of all.
+`rollout.sync` passes the weights on. Medians of the five.
 
 | column | meaning |
 |---|---|
 | MB | what is passed: every parameter, and the head by name also where it is the embedding |
 | sync s, GB/s | seconds of `rollout.sync`; the same bytes a second |
 | first token s, later | one token for each of 4 prompts: the first call after a sync, and the next |
-| gap stale, gap | largest |log-prob of the sampler − of the trainer| after the step, before the sync and after it |
+| gap stale | largest |log-probability of the sampler − of the trainer| after the step, before the sync; least of the five |
+| gap | the same after the sync; largest of the five |
 """
 
 import argparse
@@ -140,8 +141,8 @@ def main() -> None:
                 table.append(measure("transformers", size, Path(folder)))
             if "vllm" in args.engines:
                 table.append(measure_alone(size, Path(folder)))
-    note = f"Medians of {TIMES}; the gaps are the smallest of the stale and the largest after a sync."
-    record.record("sync", "From an optimizer step to the sampler", table, [note, f"{torch.get_num_threads()} threads."])
+    note = f"Medians of {TIMES}, {torch.get_num_threads()} threads, {PROMPTS} prompts, {TOKENS} sampled tokens of each."
+    record.record("sync", "From an optimizer step to the sampler", table, [note])
 
 
 if __name__ == "__main__":

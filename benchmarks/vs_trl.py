@@ -3,18 +3,18 @@
     python benchmarks/vs_trl.py [--lengths 8 64 256] [--episodes N] [--rounds 2]
 
 All train the same Qwen2 of 0.1M random weights on the same 256 prompts of 8 to 24 tokens, for the same reward (1 if more
-than half of a response's ids are odd), with as many episodes, 32 an optimizer step, at the same learning rate; T = 1, top-p 1,
-γ = λ = 1, no KL, float32, one thread. PPO: 32 prompts, one response each, one step of policy and critic. GRPO: 4 prompts, 8
-responses each. Only the end-of-sequence token or the length ends a response. Every run is a process of its own; programs take
-turns. Each release of TRL gets a virtual environment under .cache/peers on first use.
+than half of a response's ids are odd), with as many episodes, 32 an optimizer step, at the same learning rate; T = 1,
+top-p 1, γ = λ = 1, no KL, float32, one thread. PPO: 32 prompts, one response each, one step of policy and critic. GRPO: 4
+prompts, 8 responses each. Only the end-of-sequence token or the length ends a response. Every run is a process of its own;
+programs take turns. Each release of TRL gets a virtual environment under .cache/peers on first use.
 
 | column | meaning |
 |---|---|
-| length | most tokens of a response; next to it the mean |
+| length, tokens | most tokens of a response, and their mean |
 | loop s, CPU s | seconds of the training loop, and of processor in it, children included |
 | process s | seconds of the whole process: imports, loading, loop, export |
 | peak GB | largest resident memory of the process, and what its children hold as the loop ends |
-| first, last | mean reward of the first and the last quarter of the steps |
+| first, last | mean reward of the first and of the last quarter of the steps |
 | speed ×, memory × | episodes per second and peak memory, as multiples of TRL's in the same round |
 
 Medians over the rounds.
@@ -48,23 +48,19 @@ PROMPTS, VOCABULARY, EOS = 256, 1024, "<|endoftext|>"
 END = "?"  # of every prompt, and nowhere else in it
 
 
+Curve = list[dict[str, float]]  # mean reward and mean tokens of each batch
+
+
 def reward(ids: Sequence[int]) -> float:
     """1 if more than half of the ids are odd, else 0."""
     return float(2 * sum(i % 2 for i in ids) > len(ids))
 
 
-class Curve:
-    """Rewards as they are asked for, a batch at a time, and what they show of the run."""
-
-    def __init__(self) -> None:
-        self.rewards: list[float] = []
-        self.tokens: list[float] = []
-
-    def __call__(self, responses: Sequence[Sequence[int]]) -> list[float]:
-        rewards = [reward(ids) for ids in responses]
-        self.rewards.append(statistics.mean(rewards))
-        self.tokens.append(statistics.mean(map(len, responses)))
-        return rewards
+def graded(responses: Sequence[Sequence[int]], curve: Curve) -> list[float]:
+    """Rewards of a batch, which becomes the next of the curve."""
+    rewards = [reward(ids) for ids in responses]
+    curve.append({"reward": statistics.mean(rewards), "tokens": statistics.mean(map(len, responses))})
+    return rewards
 
 
 class Used(NamedTuple):
@@ -114,7 +110,7 @@ def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
             marks.append(used())
 
     def score(rollouts: list[Rollout], *_: Any) -> list[Rollout]:
-        for r, value in zip(rollouts, curve([r.ids for r in rollouts]), strict=True):
+        for r, value in zip(rollouts, graded([r.ids for r in rollouts], curve), strict=True):
             r.reward = value
         return rollouts
 
@@ -123,7 +119,7 @@ def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
     data.TEMPLATES["authors"] = "{question}"  # TRL adds nothing to a prompt
     prompts, samples = (BATCH // GROUP, GROUP) if cfg.program == "ours-grpo" else (BATCH, 1)
     settings = Config(
-        model=str(folder), data=str(folder / "train.jsonl"), reward="vs_trl:reward", runs=str(folder / "runs"),
+        model=str(folder), data=str(folder / "prompts.jsonl"), reward="vs_trl:reward", runs=str(folder / "runs"),
         name=f"{cfg.program}-{cfg.length}-{cfg.seed}", seed=cfg.seed, engine="transformers",
         advantage="grpo" if cfg.program == "ours-grpo" else "gae", steps=cfg.episodes // BATCH, prompts=prompts,
         samples=samples, prompt_tokens=32, response_tokens=cfg.length, critic_steps=1, policy_lr=RATE, critic_lr=RATE,
@@ -175,7 +171,7 @@ class RewardModel(torch.nn.Module):
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
         """Rewards of sequences (B, T) in place of hidden states, (B, T, 1)."""
         rows = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        rewards = torch.tensor(self.curve([row[row.index(self.prompt_end) + 1 :] for row in rows]))
+        rewards = torch.tensor(graded([row[row.index(self.prompt_end) + 1 :] for row in rows], self.curve))
         return SimpleNamespace(hidden_states=[rewards[:, None, None].expand(*input_ids.shape, 1)])
 
     def score(self, hidden: Tensor) -> Tensor:
@@ -190,7 +186,7 @@ def trl_grpo(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
     from trl import GRPOConfig, GRPOTrainer
 
     prompts, tokenizer = saved_prompts(folder), AutoTokenizer.from_pretrained(folder)
-    assert [tokenizer(p["text"])["input_ids"] for p in prompts] == [p["ids"] for p in prompts]
+    assert [tokenizer(p["question"])["input_ids"] for p in prompts] == [p["ids"] for p in prompts]
     args = GRPOConfig(
         per_device_train_batch_size=BATCH, num_generations=GROUP, steps_per_generation=1, max_steps=cfg.episodes // BATCH,
         max_completion_length=cfg.length, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dapo", use_vllm=False,
@@ -198,9 +194,9 @@ def trl_grpo(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
     )  # fmt: skip
 
     def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return curve(completion_ids)
+        return graded(completion_ids, curve)
 
-    dataset = Dataset.from_dict({"prompt": [p["text"] for p in prompts]})
+    dataset = Dataset.from_dict({"prompt": [p["question"] for p in prompts]})
     return around(GRPOTrainer(model=str(folder), reward_funcs=rewards, args=args, train_dataset=dataset))
 
 
@@ -228,21 +224,21 @@ WORKERS = {"ours-ppo": ours, "trl-ppo": trl_ppo, "ours-grpo": ours, "trl-grpo": 
 
 def work(cfg: Any) -> None:
     """One run, in this process; its figures are the last line printed."""
-    curve = Curve()
+    curve: Curve = []
     before, after = WORKERS[cfg.program](cfg, Path(cfg.folder), curve)
-    assert len(curve.rewards) == cfg.episodes // BATCH, "a batch was not graded once"
+    assert len(curve) == cfg.episodes // BATCH, "a batch was not graded once"
     own = kilobytes("self", "status", "VmHWM") / 1e6
     figures = {
         "seconds": after.seconds - before.seconds, "cpu": after.cpu - before.cpu, "gb": own + after.children_gb,
-        "rewards": curve.rewards, "tokens": statistics.mean(curve.tokens),
+        "rewards": [batch["reward"] for batch in curve], "tokens": statistics.mean(batch["tokens"] for batch in curve),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
     }  # fmt: skip
     print("\n" + json.dumps(figures))
 
 
 def saved_prompts(folder: Path) -> list[dict[str, Any]]:
-    """Text and ids of every prompt."""
-    return json.loads((folder / "prompts.json").read_text())
+    """The rows that `prepare` wrote: text and ids."""
+    return list(map(json.loads, (folder / "prompts.jsonl").read_text().splitlines()))
 
 
 def prepare(folder: Path) -> None:
@@ -267,9 +263,8 @@ def prepare(folder: Path) -> None:
     model.save_pretrained(folder)
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7 + i % 17)) + END for i in range(PROMPTS)]
-    (folder / "prompts.json").write_text(json.dumps([{"text": t, "ids": tokenizer.encode(t)} for t in texts]))
-    rows = [json.dumps({"question": text, "answer": "1"}) for text in texts]
-    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    rows = [json.dumps({"question": text, "answer": "", "ids": tokenizer.encode(text)}) for text in texts]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def python(program: str) -> str:
@@ -314,7 +309,7 @@ def row(program: str, length: int, episodes: int, rounds: list[dict[str, dict[st
         return statistics.mean(figures["rewards"][-steps:] if last else figures["rewards"][:steps])
 
     cells = {
-        "length": length, "mean": median(lambda f: f["tokens"]), "program": TITLES[program],
+        "length": length, "tokens": median(lambda f: f["tokens"]), "program": TITLES[program],
         "episodes/s": median(lambda f: episodes / f["seconds"]),
         "tokens/s": median(lambda f: episodes * f["tokens"] / f["seconds"]),
         "loop s": median(lambda f: f["seconds"]), "CPU s": median(lambda f: f["cpu"]),
@@ -343,7 +338,7 @@ def main() -> None:
 
     for program in PEERS:
         python(program)
-    rows, last = [], {}
+    rows, versions = [], {}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         for length in args.lengths:
@@ -352,10 +347,9 @@ def main() -> None:
                 for seed in range(args.rounds)
             ]
             rows += [row(program, length, args.episodes, rounds) for program in TITLES]
-            last = rounds[-1]
-    peers = "; ".join(f"{TITLES[p]}: trl {release}, {last[p]['versions']}" for p, release in PEERS.items())
-    notes = [f"{args.episodes} episodes a run, {BATCH} a step, learning rate {RATE}, medians of {args.rounds} rounds.", peers]
-    record("vs_trl", "Beside TRL's PPO and GRPO", rows, notes)
+            versions = {p: f"{TITLES[p]}: trl {PEERS[p]}, {rounds[0][p]['versions']}" for p in PEERS}
+    notes = [f"{args.episodes} episodes a run, {BATCH} a step, learning rate {RATE}; medians of {args.rounds} rounds."]
+    record("vs_trl", "Beside TRL's PPO and GRPO", rows, [*notes, "; ".join(versions.values()) + "."])
 
 
 if __name__ == "__main__":
