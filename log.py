@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -157,6 +158,7 @@ class RunLog:
         self.progress.update(self.task, description=name)
         start = time.perf_counter()
         yield
+        parallel.finish()
         self.seconds[name] = time.perf_counter() - start
         used = self.total.setdefault(name, {"seconds": 0.0, "peak_gb": 0.0})
         used["seconds"] += self.seconds[name]
@@ -255,6 +257,8 @@ class RunLog:
 
 
 def _peak_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

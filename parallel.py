@@ -96,6 +96,12 @@ def device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
+def finish() -> None:
+    """Wait until the GPU has done what it was told, so that a clock read now means something."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def once(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give every rank its result. What it raises is raised on every rank, so that all of
     them stop with one message instead of waiting for a rank that is gone."""
@@ -187,7 +193,7 @@ def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | N
         fully_shard(head, mesh=mesh)
     fully_shard(module, mesh=mesh, mp_policy=low, reshard_after_forward=True)
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if isinstance(part, FSDPModule) and size() > 1:
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way of not averaging
             part.set_gradient_divide_factor(1.0)
     for name, p in module.named_parameters():  # rank 0's weights, a parameter at a time

@@ -110,8 +110,9 @@ def update(cfg: Config, role: str) -> Items:
     if cfg.gpus:  # FSDP gathers what is in no layer for a whole pass, and two layers at a time; it sums in float32
         always = b * (parameters - s.layers * s.layer)
         gathered, of_layer = always + 2 * b * s.layer, (4 + b) * s.layer
+        of_root = (4 + b + 4 / shards(cfg)) * (parameters - s.layers * s.layer) + 4 * s.layer
     else:
-        always = gathered = of_layer = 0
+        always = gathered = of_layer = of_root = 0
     names = ("activations", "logits", "gathered weights", "whole gradients")
     rounded = b if cfg.gpus else 0  # gradients of logits and of the head, beside the float32 ones
     moments = [
@@ -120,6 +121,7 @@ def update(cfg: Config, role: str) -> Items:
         (kept + last + tokens * 20 * s.hidden, 0, gathered, head),  # backward through the final norm, in float32
         (kept + again + tokens * 2 * b * s.width + stream, 0, gathered, head + of_layer),  # through a layer's MLP
         (stream, 0, always, head + embedding + of_layer),  # through the embedding
+        (0, 0, 0, of_root),  # what is in no layer is summed over the ranks
     ]
     return dict(zip(names, max(moments, key=sum), strict=True))
 

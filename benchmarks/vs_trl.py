@@ -47,7 +47,6 @@ BATCH, GROUP, RATE, BETAS = 32, 8, 1e-3, (0.9, 0.95)
 PROMPTS, VOCABULARY, EOS = 256, 1024, "<|endoftext|>"
 END = "?"  # of every prompt, and nowhere else in it
 
-
 Curve = list[dict[str, float]]  # mean reward and mean tokens of each batch
 
 
@@ -78,14 +77,14 @@ def used() -> Used:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             tree += map(int, (thread / "children").read_text().split())
     ticks = sum(sum(map(int, Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[11:15])) for p in tree)
-    children = sum(kilobytes(p, "smaps_rollup", "Pss") for p in tree[1:])
-    return Used(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), children / 1e6)
+    children = sum(gigabytes(p, "smaps_rollup", "Pss") for p in tree[1:])
+    return Used(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), children)
 
 
-def kilobytes(pid: int | str, file: str, field: str) -> int:
-    """A field of /proc/<pid>/<file>."""
+def gigabytes(pid: int | str, file: str, field: str) -> float:
+    """A field of /proc/<pid>/<file>, which counts kilobytes of 1,024."""
     lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(f"{field}:"))
 
 
 def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
@@ -227,7 +226,7 @@ def work(cfg: Any) -> None:
     curve: Curve = []
     before, after = WORKERS[cfg.program](cfg, Path(cfg.folder), curve)
     assert len(curve) == cfg.episodes // BATCH, "a batch was not graded once"
-    own = kilobytes("self", "status", "VmHWM") / 1e6
+    own = gigabytes("self", "status", "VmHWM")
     figures = {
         "seconds": after.seconds - before.seconds, "cpu": after.cpu - before.cpu, "gb": own + after.children_gb,
         "rewards": [batch["reward"] for batch in curve], "tokens": statistics.mean(batch["tokens"] for batch in curve),
@@ -263,7 +262,7 @@ def prepare(folder: Path) -> None:
     model.save_pretrained(folder)
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7 + i % 17)) + END for i in range(PROMPTS)]
-    rows = [json.dumps({"question": text, "answer": "", "ids": tokenizer.encode(text)}) for text in texts]
+    rows = [json.dumps({"question": text, "answer": "1", "ids": tokenizer.encode(text)}) for text in texts]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
