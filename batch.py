@@ -57,23 +57,33 @@ def micro_batches(
 def rows_of_ranks(inputs: dict[int, int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
     """Which sequences stand in which row of which rank; `inputs` are their input tokens by number.
 
-    Sequences are dealt to ranks in order of length, so that all ranks get the like; a rank's own are packed in that
-    order. Rows of like lengths waste least (`packed_attention`); which share a row changes neither loss nor gradient.
+    A rank's own sequences are packed in order of length. Rows of like lengths waste least (`packed_attention`); which
+    share a row changes neither loss nor gradient.
 
     >>> rows_of_ranks({0: 5, 1: 9, 2: 4, 3: 6, 4: 7}, max_tokens=11, ranks=2)
-    [[[2, 3], [1]], [[0], [4]]]
+    [[[0], [1]], [[2, 3], [4]]]
     """
-    order = sorted(inputs, key=lambda i: (inputs[i], i))
     dealt = []
-    for rank in range(ranks):
+    for own in deal(inputs, ranks):
         rows: list[list[int]] = []
-        for i in order[rank::ranks]:
+        for i in reversed(own):
             if not rows or sum(inputs[j] for j in rows[-1]) + inputs[i] > max_tokens:
                 rows.append([])
             rows[-1].append(i)
         dealt.append(rows)
     most = max(map(len, dealt))
     return [rows + [[]] * (most - len(rows)) for rows in dealt]
+
+
+def deal(sizes: dict[int, int], hands: int) -> list[list[int]]:
+    """Numbered sizes in near-equal hands: the largest first, each to the lightest hand."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    load = [0] * hands
+    for i in sorted(sizes, key=lambda i: -sizes[i]):
+        lightest = load.index(min(load))
+        dealt[lightest].append(i)
+        load[lightest] += sizes[i]
+    return dealt
 
 
 def _pack(
@@ -102,21 +112,14 @@ def _pack(
 
 
 def mini_batches(lengths: Sequence[int], count: int, seed: str) -> list[list[int]]:
-    """Split sequences into `count` mini-batches of near-equal token counts, using each exactly once.
-
-    Shuffled, then longest first into the lightest mini-batch. Fewer sequences than `count` give one mini-batch each.
+    """Split sequences into `count` mini-batches of near-equal token counts, using each exactly once; the seed decides who
+    meets whom. Fewer sequences than `count` give one mini-batch each.
 
     >>> mini_batches([5, 1, 1, 3], 2, seed="0/0")
     [[0], [3, 2, 1]]
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    minis: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
-    load = [0] * len(minis)
-    for i in sorted(order, key=lambda i: -lengths[i]):
-        lightest = load.index(min(load))
-        minis[lightest].append(i)
-        load[lightest] += lengths[i]
-    return minis
+    return deal({i: lengths[i] for i in order}, min(count, len(lengths)))
 
 
 @torch.no_grad()

@@ -3,22 +3,23 @@
     python benchmarks/logprob.py [--rounds 3]
 
 `policy.TokenLogProbs` (which also gives the entropy) beside what one would write first (logits, float32, log_softmax,
-gather) and `torch.nn.functional.linear_cross_entropy` in chunks of 256 tokens. Every measurement is a process of its own with one
-thread; they take turns, and the table has medians. Seconds are those of a second call; GB is what the process's peak grew by in
-two calls, gradients included; error is the largest |log p − log p in float64| of 256 of the tokens, from the same inputs.
+gather) and `torch.nn.functional.linear_cross_entropy` in chunks of 256 tokens. Every measurement is a process of its own
+with one thread; they take turns, and the table has medians. Seconds are those of a second call; GB is what its peak is
+above the inputs, gradients included; error is the largest |log p − log p in float64| of 256 of the tokens, from the same
+inputs. Linux.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from record import record
 import torch
+from record import record
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
@@ -56,7 +57,8 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
     h, W = ((x * scale).to(getattr(torch, dtype)).requires_grad_() for x, scale in ((h, 1.0), (W, 2 / H**0.5)))
     actions = torch.multinomial((h[:1].detach().float() @ W.detach().float().T).softmax(-1), n, True, generator=random)[0]
     g = torch.randn(n, generator=random)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
     for _ in range(2):
         h.grad = W.grad = None
         start = time.perf_counter()
@@ -64,12 +66,18 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
         middle = time.perf_counter()
         logp.backward(g)
         end = time.perf_counter()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    grown = (memory("VmHWM") - before) / 1e9
     with torch.no_grad():
         logits = h[:256].double() @ W.double().T
         exact = logits.gather(-1, actions[:256, None]).squeeze(-1) - logits.logsumexp(-1)
         error = float((logp[:256] - exact).abs().max())
     return {"forward s": middle - start, "backward s": end - middle, "sum s": end - start, "GB": grown, "error": error}
+
+
+def memory(what: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    line = next(line for line in Path("/proc/self/status").open() if line.startswith(what))
+    return 1024 * int(line.split()[1])
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py [--steps 40] [flags of train.py]
 
 Trains for some steps and, after each, does the bare passes of that step on the same tensors, with copies of the same models,
-in the same process: the engine decoding the same prompts with the same seeds, and nothing else; values forward; critic and
-policy forward, backward and optimizer step on micro-batches packed beforehand. Whole step ÷ sum of the bare passes is what the
+in the same process: the engine decoding the same prompts with the same seeds, and nothing else; values forward; critic
+and policy forward, backward and optimizer step on micro-batches packed beforehand. What the step takes beyond their sum the
 loop adds: grading, packing, metrics, logs, clipping. The first steps, when memory is still being taken, do not count.
 """
 
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from record import record
 import torch
+from record import record
 
 import config
 import data
@@ -152,8 +152,8 @@ def main() -> None:
         row = {"phase": name, "step, ms": 1e3 * seconds, "bare pass, ms": 1e3 * passes, "more, ms": 1e3 * (seconds - passes)}
         rows.append(row | {"step ÷ bare": seconds / passes if passes else None, "what more there is": WHAT[name]})
     total = middle(needed)
-    rows.append({"phase": "whole step", "step, ms": 1e3 * step, "bare pass, ms": 1e3 * total, "more, ms": 1e3 * (step - total)})
-    rows[-1]["step ÷ bare"] = step / total
+    sums = {"step, ms": 1e3 * step, "bare pass, ms": 1e3 * total, "more, ms": 1e3 * (step - total)}
+    rows.append({"phase": "whole step"} | sums | {"step ÷ bare": step / total})
     note = f"Means of {len(needed) - SKIP} steps of {cfg.prompts} × {cfg.samples} responses; model {cfg.model}, one thread."
     record("step_overhead", "A step beside the passes it needs", rows, [note])
 
