@@ -76,8 +76,8 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
 
 def memory(what: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most."""
-    line = next(line for line in Path("/proc/self/status").open() if line.startswith(what))
-    return 1024 * int(line.split()[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
 def main() -> None:
