@@ -163,8 +163,7 @@ def packed_attention(
     at = torch.arange(T, device=query.device, dtype=boundaries.dtype)
     sequence = torch.searchsorted(boundaries, at, right=True) - 1
     fold = sequence * longest + at - boundaries[sequence]  # place in the row → place in the unfolded one
-    unfold = boundaries[:-1, None] + torch.arange(longest, device=query.device)  # and back
-    unfold = unfold.clamp(max=T - 1).flatten()
+    unfold = (boundaries[:-1, None] + torch.arange(longest, device=query.device)).clamp(max=T - 1).flatten()  # and back
     q, k, v = (
         x[0].transpose(0, 1).index_select(0, unfold).unflatten(0, (S, longest)).transpose(1, 2) for x in (query, key, value)
     )  # (S, heads, longest, d)

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,6 +170,7 @@ class TransformersEngine:
         self.model = self.model.to(device).eval()
         self.tokenizer, self.eos, self.max_rows, self.device = tokenizer, list(eos), max_rows, device
         self.pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+        self.may_stop = cache(self._may_stop)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.model.named_parameters())
@@ -198,17 +200,19 @@ class TransformersEngine:
         streams = torch.stack(
             [torch.rand(sampling.max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
         ).to(self.device)
-        may_stop = self._may_stop(sampling.stop)
+        may_stop = self.may_stop(sampling.stop)
 
         distinct = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)  # whose prompt a row has
         padded = torch.tensor([[self.eos[0]] * (width - len(p)) + list(p) for p in distinct], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=self.device)
-        cache = DynamicCache(config=self.model.config)
+        mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in distinct], device=self.device)
+        past = DynamicCache(config=self.model.config)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(padded, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
-        cache.batch_select_indices(of)
-        logits, mask, position = out.logits[of, -1], mask[of], position[of, -1:]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril() & mask[:, None, None]
+        causal |= torch.eye(width, dtype=torch.bool, device=self.device)  # padding sees itself: no row is without a key
+        logits = self._logits(padded, causal, position, past)[of]
+        past.batch_select_indices(of)
+        mask, position = mask[of], position[of, -1:]
 
         row = torch.arange(rows, device=self.device)  # which response each row of the shrinking batch is
         live = torch.ones(rows, dtype=torch.bool, device=self.device)
@@ -223,15 +227,19 @@ class TransformersEngine:
                 break
             if alive <= 0.75 * len(live):
                 keep = live.nonzero().flatten()
-                cache.batch_select_indices(keep)
+                past.batch_select_indices(keep)
                 row, live, mask, token, position = row[keep], live[keep], mask[keep], token[keep], position[keep]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            out = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
-            logits = out.logits[:, -1]
+            logits = self._logits(token[:, None], mask[:, None, None], position, past)
         return [
             Sample(i[:n], p[:n], f) for i, p, n, f in zip(ids.tolist(), logp.tolist(), length.tolist(), finish, strict=True)
         ]
+
+    def _logits(self, ids: Tensor, mask: Tensor, position: Tensor, past: DynamicCache) -> Tensor:
+        """Of the next token, (rows, V). A whole mask, (rows, 1, queries, keys), spares transformers making one each time."""
+        out = self.model.base_model(ids, attention_mask=mask, position_ids=position, past_key_values=past)
+        return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
 
     def _may_stop(self, stop: tuple[str, ...]) -> Tensor:
         """Whether a token can end a response: EOS, or one that holds the last character of a stop string. Only these are

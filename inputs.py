@@ -41,7 +41,7 @@ def prepare(cfg: Config) -> Inputs:
     or OSError in one clear line.
     """
     check(cfg)
-    grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
+    grader = Grader(0 if cfg.reward else cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     reward = own(cfg.reward)
     path, problems, heldout, found = parallel.once(lambda: _read(cfg, grader))
     tokenizer = AutoTokenizer.from_pretrained(path)

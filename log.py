@@ -158,7 +158,8 @@ class RunLog:
         self.progress.update(self.task, description=name)
         start = time.perf_counter()
         yield
-        parallel.finish()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # until then the work is only queued
         self.seconds[name] = time.perf_counter() - start
         used = self.total.setdefault(name, {"seconds": 0.0, "peak_gb": 0.0})
         used["seconds"] += self.seconds[name]

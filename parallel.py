@@ -96,12 +96,6 @@ def device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
-def finish() -> None:
-    """Wait until the GPU has done what it was told, so that a clock read now means something."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def once(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give every rank its result. What it raises is raised on every rank, so that all of
     them stop with one message instead of waiting for a rank that is gone."""
