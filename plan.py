@@ -106,18 +106,18 @@ def update(cfg: Config, role: str) -> Items:
 
     logits = min(tokens * s.vocab, max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], s.vocab)) * is_policy
     embedding = b * s.vocab * s.hidden  # a vocabulary head's gradient is as large, and summed in float32
+    wide = 4 + b * (cfg.gpus > 0)  # bytes of a gradient in float32 and, on GPUs, as it is handed on
     head = embedding * (is_policy and (cfg.gpus > 0 or s.tied))  # it waits for the embedding's, or for its FSDP group's
     if cfg.gpus:  # FSDP gathers what is in no layer for a whole pass, and two layers at a time; it sums in float32
         always = b * (parameters - s.layers * s.layer)
-        gathered, of_layer = always + 2 * b * s.layer, (4 + b) * s.layer
-        of_root = (4 + b + 4 / shards(cfg)) * (parameters - s.layers * s.layer) + 4 * s.layer
+        gathered, of_layer = always + 2 * b * s.layer, wide * s.layer
+        of_root = (wide + 4 / shards(cfg)) * (parameters - s.layers * s.layer) + 4 * s.layer
     else:
         always = gathered = of_layer = of_root = 0
     names = ("activations", "logits", "gathered weights", "whole gradients")
-    rounded = b if cfg.gpus else 0  # gradients of logits and of the head, beside the float32 ones
     moments = [
         (kept + last + stream, 8 * logits, gathered, 0),  # logits and their exponentials
-        (kept + last + 2 * stream, (4 + rounded) * logits, gathered, (4 + rounded) * s.vocab * s.hidden * is_policy),
+        (kept + last + 2 * stream, wide * logits, gathered, wide * s.vocab * s.hidden * is_policy),
         (kept + last + tokens * 20 * s.hidden, 0, gathered, head),  # backward through the final norm, in float32
         (kept + again + tokens * 2 * b * s.width + stream, 0, gathered, head + of_layer),  # through a layer's MLP
         (stream, 0, always, head + embedding + of_layer),  # through the embedding

@@ -34,9 +34,8 @@ class TokenLogProbs(torch.autograd.Function):
     """(h (n, H), W (V, H), actions (n,), temperature T) → log p(a_t), and the entropy of p, which carries no gradient; p is
     softmax(W h_t / T).
 
-    Logits are float32 whatever h and W are, and live a chunk of tokens at a time. The backward pass computes them again and
-    turns them, in place, into the gradient of logit v, g_t (1[v = a_t] − p_v) / T: less memory than autograd would take, and
-    half the time.
+    Logits are float32 whatever h and W are, and live a chunk of tokens at a time. The backward pass computes them again
+    and turns them, in place, into their own gradients, of logit v: g_t (1[v = a_t] − p_v) / T.
 
     >>> h, W = torch.zeros(1, 3), torch.zeros(8, 3)
     >>> [x.exp() for x in TokenLogProbs.apply(h, W, torch.tensor([5]), 1.0)]  # 1 of 8, and as unsure as a choice among 8

@@ -100,7 +100,7 @@ def learning_rate(step: int, base: float, warmup: int, anneal_steps: int = 0, an
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW as in §3.1: β = (0.9, 0.95), no weight decay; fused, so without copies. The learning rate is set before each step."""
+    """AdamW as in §3.1: β = (0.9, 0.95), no weight decay; fused, without copies. The rate is set before each step."""
     return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
 
 

@@ -10,12 +10,12 @@ responses in the paper's format of `ORZ_DATA`/responses in Qwen2's tokens, drawn
 | column | meaning |
 |---|---|
 | rows per rank | packed rows that each rank computes in the update |
-| row fill | needed tokens per row with sequences, over micro tokens |
+| row fill | needed tokens per row with sequences, over the 16,384 of a micro-batch |
 | linear | tokens that linear layers compute / needed: more than 1 only through filler rows |
 | attention | query positions, and causal pairs of query and key, that attention computes / needed |
 | imbalance | the slowest rank's tokens, and FLOPs, / the mean rank's; summed over mini-batches first |
 | in step | Σ over rows of the slowest rank's FLOPs / needed FLOPs per rank: sharded models wait in every row |
-| padded | positions of rectangles in order of arrival, at most micro tokens each / needed tokens |
+| padded | positions of rectangles in order of arrival, at most as large / needed tokens |
 
 FLOPs are those of Qwen2.5-7B's layers: 2 per weight and token, and 4·Q per attended pair and layer, Q = heads · head size.
 """
@@ -38,6 +38,7 @@ import batch
 import plan
 from config import Config
 
+MICRO_TOKENS = 16384  # the default of --micro-tokens
 SHAPE = plan.shape("Qwen2.5-7B")
 LINEAR = 2 * SHAPE.layers * SHAPE.layer  # FLOPs of a token
 ATTENTION = 4 * SHAPE.layers * SHAPE.heads * SHAPE.head_size  # FLOPs of a pair
@@ -124,12 +125,11 @@ def main() -> None:
     for name, lengths in response_lengths(Path(os.environ["ORZ_DATA"]), count, rng).items():
         inputs = [p + n - 1 for p, n in zip(rng.integers(150, 351, count).tolist(), lengths, strict=True)]
         lengths_of.append(f"{name} mean {np.mean(lengths):,.0f}, median {np.median(lengths):,.0f}, most {max(lengths):,}")
-        for micro_tokens in (16384, 10048):
-            for ranks in (1, 8, 64):
-                for update, steps in (("policy", cfg.policy_steps), ("critic", cfg.critic_steps)):
-                    groups = batch.mini_batches(lengths, steps, "0/0")
-                    labels = {"lengths": name, "micro tokens": micro_tokens, "ranks": ranks, "update": update}
-                    table.append(labels | packed(inputs, groups, micro_tokens, ranks))
+        for ranks in (1, 8, 64):
+            for update, steps in (("policy", cfg.policy_steps), ("critic", cfg.critic_steps)):
+                groups = batch.mini_batches(lengths, steps, "0/0")
+                labels = {"lengths": name, "ranks": ranks, "update": update}
+                table.append(labels | packed(inputs, groups, MICRO_TOKENS, ranks))
     linear, tokens = (max(row[column] for row in table) for column in ("linear", "imbalance, tokens"))
     notes = [f"Response tokens: {'; '.join(lengths_of)}.", f"Worst linear {linear:.3f}, worst token imbalance {tokens:.3f}."]
     record.record("packing", "Packing: computed against needed", table, notes)
