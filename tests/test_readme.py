@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_metric_glossary_is_complete() -> None:
 
 def test_hardware_table_is_the_plans() -> None:
     assert plan.hardware_table() in README
+
+
+def test_results_are_what_the_benchmarks_left() -> None:
+    """RESULTS.md is put together from results/; what a command there names exists."""
+    command = [sys.executable, "-c", "import record; print(record.results(), end='')"]
+    printed = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    scripts = set(re.findall(r"python (benchmarks/\w+\.py)", printed + README))
+    assert len(scripts) >= 10 and all((ROOT / script).is_file() for script in scripts)
 
 
 def test_links_and_pictures_exist() -> None:
