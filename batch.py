@@ -77,8 +77,7 @@ def rows_of_ranks(inputs: dict[int, int], max_tokens: int, ranks: int) -> list[l
 
 def deal(sizes: dict[int, int], hands: int) -> list[list[int]]:
     """Numbered sizes in near-equal hands: the largest first, each to the lightest hand."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    load = [0] * hands
+    dealt, load = [[] for _ in range(hands)], [0] * hands
     for i in sorted(sizes, key=lambda i: -sizes[i]):
         lightest = load.index(min(load))
         dealt[lightest].append(i)

@@ -36,7 +36,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import parallel
-import report
 import rollout
 from checkpoint import Checkpoint, changed
 from rollout import Rollout
@@ -226,6 +225,8 @@ class RunLog:
 
     def draw(self) -> None:
         """The figures of the run."""
+        import report  # matplotlib takes memory that the training may want
+
         if self.writes:
             report.figures(self.folder)
 

@@ -14,10 +14,10 @@ programs take turns. Each release of TRL gets a virtual environment under .cache
 | loop s, CPU s | seconds of the training loop, and of processor in it, children included |
 | process s | seconds of the whole process: imports, loading, loop, export |
 | peak GB | largest resident memory of the process, and what its children hold as the loop ends |
-| first, last | mean reward of the first and of the last quarter of the steps |
+| reward | mean reward in each quarter of the steps |
 | speed ×, memory × | episodes per second and peak memory, as multiples of TRL's in the same round |
 
-Medians over the rounds.
+Medians over the rounds; rewards are means.
 """
 
 import argparse
@@ -303,9 +303,10 @@ def row(program: str, length: int, episodes: int, rounds: list[dict[str, dict[st
     def median(figure: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(figure(r[program]) for r in rounds)
 
-    def quarter(figures: dict[str, Any], last: bool) -> float:
-        steps = max(1, len(figures["rewards"]) // 4)
-        return statistics.mean(figures["rewards"][-steps:] if last else figures["rewards"][:steps])
+    def quarter(k: int) -> str:
+        found = [r[program]["rewards"] for r in rounds]
+        steps = max(1, len(found[0]) // 4)
+        return f"{statistics.mean(x for rewards in found for x in rewards[k * steps : (k + 1) * steps]):.2f}"
 
     cells = {
         "length": length, "tokens": median(lambda f: f["tokens"]), "program": TITLES[program],
@@ -313,7 +314,7 @@ def row(program: str, length: int, episodes: int, rounds: list[dict[str, dict[st
         "tokens/s": median(lambda f: episodes * f["tokens"] / f["seconds"]),
         "loop s": median(lambda f: f["seconds"]), "CPU s": median(lambda f: f["cpu"]),
         "process s": median(lambda f: f["process"]), "peak GB": median(lambda f: f["gb"]),
-        "first": median(lambda f: quarter(f, last=False)), "last": median(lambda f: quarter(f, last=True)),
+        "reward": " ".join(map(quarter, range(4))),
     }  # fmt: skip
     if peer := PAIRS.get(program):
         cells["speed ×"] = statistics.median(r[peer]["seconds"] / r[program]["seconds"] for r in rounds)
