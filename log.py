@@ -226,7 +226,6 @@ class RunLog:
     def draw(self) -> None:
         """The figures of the run."""
         import report  # matplotlib takes memory that the training may want
-
         if self.writes:
             report.figures(self.folder)
 

@@ -70,11 +70,8 @@ def _free_port() -> int:
 
 
 def stop() -> None:
-    """The last call of a rank that has done its work: end the process, if it is one of several.
-
-    The interpreter is not shut down: a gloo thread may hold the last collective's tensor a little longer than its caller,
-    and letting go of it then aborts the process (seen in one of 150 on a busy machine).
-    """
+    """The last call of a rank that has done its work: end the process, if it is one of several. The interpreter is not shut
+    down: a gloo thread may hold the last collective's tensor a little longer, and letting go of it then aborts."""
     if started():
         sys.stdout.flush()
         sys.stderr.flush()

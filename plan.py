@@ -104,7 +104,7 @@ def update(cfg: Config, role: str) -> Items:
     kept, again = (s.layers * stream, layer) if cfg.activation_checkpointing else (s.layers * layer, 0)
     last = norm + (0 if is_policy else tokens * 4 * s.hidden - stream)  # the value head reads the final norm in float32
 
-    logits = min(tokens * s.vocab, max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], s.vocab)) * is_policy
+    logits = min(tokens * s.vocab, max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], policy.LEAST * s.vocab)) * is_policy
     embedding = b * s.vocab * s.hidden  # a vocabulary head's gradient is as large, and summed in float32
     wide = 4 + b * (cfg.gpus > 0)  # bytes of a gradient in float32 and, on GPUs, as it is handed on
     head = embedding * (is_policy and (cfg.gpus > 0 or s.tied))  # it waits for the embedding's, or for its FSDP group's
@@ -117,7 +117,8 @@ def update(cfg: Config, role: str) -> Items:
     names = ("activations", "logits", "gathered weights", "whole gradients")
     moments = [
         (kept + last + stream, 8 * logits, gathered, 0),  # logits and their exponentials
-        (kept + last + 2 * stream, wide * logits, gathered, wide * s.vocab * s.hidden * is_policy),
+        (kept + last + 2 * stream, (4 + wide) * logits, gathered, 4 * s.vocab * s.hidden * is_policy),
+        (kept + last + 2 * stream, 0, gathered, wide * s.vocab * s.hidden * is_policy),
         (kept + last + tokens * 20 * s.hidden, 0, gathered, head),  # backward through the final norm, in float32
         (kept + again + tokens * 2 * b * s.width + stream, 0, gathered, head + of_layer),  # through a layer's MLP
         (stream, 0, always, head + embedding + of_layer),  # through the embedding

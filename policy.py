@@ -11,7 +11,8 @@ import parallel
 from batch import MicroBatch, hidden_states
 from parallel import Sharding
 
-CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits alive at once: 67 and 537 MB in float32, 110 and 883 Qwen tokens
+CHUNK = {"cpu": 2**19, "cuda": 2**27}  # logits alive at once: what a cache holds, and 883 tokens of Qwen's vocabulary;
+LEAST = 128  # but of so many tokens at least, since every chunk reads the whole head
 
 
 class Policy(torch.nn.Module):
@@ -31,8 +32,7 @@ class Policy(torch.nn.Module):
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """(h (n, H), W (V, H), actions (n,), temperature T) → log p(a_t), and the entropy of p, which carries no gradient; p is
-    softmax(W h_t / T).
+    """h (n, H), W (V, H), actions (n,), T → log p(a_t) and, without gradient, the entropy of p = softmax(W h_t / T).
 
     Logits are float32 whatever h and W are, and live a chunk of tokens at a time. The backward pass computes them again
     and turns them, in place, into their own gradients, of logit v: g_t (1[v = a_t] − p_v) / T.
@@ -45,10 +45,10 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, actions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logp, log_z, entropy = (torch.empty(len(h), device=h.device) for _ in range(3))
-        for part, logits in _logits(h, W, temperature):
+        for part, logits, memory in _logits(h, W, temperature):
             top = logits.amax(-1)
             logits -= top[:, None]
-            p = logits.exp()  # up to 1/Z
+            p = torch.exp(logits, out=memory)  # up to 1/Z
             Z = p.sum(-1)
             logp[part] = logits.gather(-1, actions[part, None]).squeeze(-1) - Z.log()
             entropy[part] = Z.log() - p.mul_(logits).sum(-1) / Z  # both ≥ 0: nothing cancels
@@ -63,22 +63,24 @@ class TokenLogProbs(torch.autograd.Function):
         h, W, actions, log_z = ctx.saved_tensors
         g = g / ctx.temperature
         grad_h, grad_W = torch.empty_like(h), torch.zeros(W.shape, device=W.device)
-        for part, logits in _logits(h, W, ctx.temperature):
+        for part, logits, _ in _logits(h, W, ctx.temperature):
             d = logits.sub_(log_z[part, None]).exp_().mul_(-g[part, None])
             d = d.scatter_add_(-1, actions[part, None], g[part, None]).to(h.dtype)
             torch.mm(d, W, out=grad_h[part])
             _add_product(grad_W, d.T, h[part])
+        logits = _ = d = None  # free their memory for the copy
         return grad_h, grad_W.to(W.dtype), None, None
 
 
-def _logits(h: Tensor, W: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Chunk by chunk, which tokens and their logits, in memory that the next chunk takes again."""
-    size = max(1, min(len(h), CHUNK[h.device.type] // len(W)))
-    memory = torch.empty(size, len(W), device=h.device)
+def _logits(h: Tensor, W: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Chunk by chunk: which tokens, their logits, and as much memory again, which costs more to get than to fill."""
+    size = max(1, min(len(h), max(LEAST, CHUNK[h.device.type] // len(W))))
+    memory = torch.empty(2, size, len(W), device=h.device)
     for start in range(0, len(h), size):
         part = slice(start, min(start + size, len(h)))
-        logits = _add_product(memory[: part.stop - start], h[part], W.T, keep=0)
-        yield part, logits if temperature == 1 else logits.div_(temperature)
+        logits, more = memory[:, : part.stop - start]
+        _add_product(logits, h[part], W.T, keep=0)
+        yield part, logits if temperature == 1 else logits.div_(temperature), more
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:

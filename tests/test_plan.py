@@ -141,6 +141,7 @@ def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_update_on_a_cpu_allocates_what_is_reckoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     monkeypatch.setitem(policy.CHUNK, "cpu", case.chunk)
+    monkeypatch.setattr(policy, "LEAST", 1)
     monkeypatch.setattr(parallel, "device", lambda: "cpu")
     folder = random_config(tmp_path, case.layers, case.vocab, case.tied)
     agrees(case, case.cfg(folder, gpus=0), measured(folder, case))
@@ -164,6 +165,7 @@ def test_an_update_on_eight_gpus_allocates_what_is_reckoned(
 ) -> None:
     folder, real = sharded[case]
     monkeypatch.setitem(policy.CHUNK, "cuda", case.chunk)
+    monkeypatch.setattr(policy, "LEAST", 1)
     agrees(case, case.cfg(folder, gpus=8), real)
 
 
@@ -180,7 +182,7 @@ def pretend_eight_ranks(folders: list[str]) -> None:
     parallel._started, parallel.MixedPrecisionPolicy = True, bfloat16
     found = []
     for folder, case in zip(folders, CASES, strict=True):
-        policy.CHUNK["cpu"] = case.chunk
+        policy.CHUNK["cpu"], policy.LEAST = case.chunk, 1
         found.append(measured(folder, case))
     print(json.dumps(found))
 
