@@ -1,5 +1,6 @@
 """policy.py and critic.py: log-probabilities without [tokens × vocabulary]; values read before the action."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from batch import micro_batches
 from checkpoint import export
 from data import Problem
 from metrics import explained_variance
+from parallel import Sharding
 
 
 class Largest(TorchDispatchMode):
@@ -77,6 +79,28 @@ def test_tokens_times_vocabulary_never_exists(
     other = max(p.numel() for p in model.parameters()), micro.input_ids.shape[1] * model.model.config.intermediate_size
     assert largest.elements <= max(32 * V, *other, len(micro.boundaries) * micro.longest * 64)
     assert largest.elements < n * V / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_compute_the_same(model_folder: Path, problems: list[Problem], checkpointing: bool) -> None:
+    """In one graph for all layers and all shapes of rows."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = policy.load_policy(str(model_folder))
+    sharding = Sharding(compile=True, activation_checkpointing=checkpointing)
+    compiled = policy.load_policy(str(model_folder), sharding)
+    for lengths in ([30, 17, 44], [20, 60, 50, 40, 30], [9] * 30):
+        micro = one_row(problems, 400, lengths)
+        logps = [model(micro)[0] for model in (plain, compiled)]
+        torch.testing.assert_close(*logps, atol=1e-4, rtol=1e-5)
+        for logp in logps:
+            logp.mean().backward()
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert float((p.grad - q.grad).norm()) <= 1e-4 * float(p.grad.norm())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_no_square_mask_is_built(model_folder: Path, problems: list[Problem]) -> None:
