@@ -61,7 +61,7 @@ class Bare:
         streams = [rollout._number(f"{self.cfg.seed}/{step}/{p}") for p in range(len(problems))]
         prompts = [problem.prompt_ids for problem in problems for _ in range(self.cfg.samples)]
         seeds = [stream + i for stream in streams for i in range(self.cfg.samples)]
-        with self.timed() as seconds:
+        with timed() as seconds:
             self.engine.generate(prompts, seeds, sampling)
         self.decoding = seconds()
 
@@ -74,27 +74,29 @@ class Bare:
         minis = mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")
         packed = [list(micro_batches(rollouts, members, cfg.micro_tokens)) for members in minis]
         whole = list(micro_batches(rollouts, range(len(rollouts)), cfg.micro_tokens))
-        with self.timed() as values, torch.no_grad():
+        with timed() as values, torch.no_grad():
             for micro in whole:
                 critic(micro)
-        with self.timed() as critic_update:
+        with timed() as critic_update:
             for rows in packed:
                 for micro in rows:
                     critic(micro).square().mean().backward()
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
-        with self.timed() as policy_update:
+        with timed() as policy_update:
             for micro in whole:
                 policy(micro)[0].mean().backward()
             policy_optimizer.step()
             policy_optimizer.zero_grad()
         return {"sample": self.decoding, "values": values(), "critic": critic_update(), "policy": policy_update()}
 
-    @contextmanager
-    def timed(self) -> Iterator[Callable[[], float]]:
-        start, end = time.perf_counter(), [0.0]
-        yield lambda: end[0] - start
-        end[0] = time.perf_counter()
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Gives a function that, called afterwards, says how many seconds the block took."""
+    start, end = time.perf_counter(), [0.0]
+    yield lambda: end[0] - start
+    end[0] = time.perf_counter()
 
 
 def watch(bare: Bare) -> list[dict[str, float]]:
