@@ -175,13 +175,14 @@ TINY: dict[str, Any] = {
     "critic_lr": 2e-3, "policy_warmup": 10, "critic_warmup": 20, "micro_tokens": 8192,
     "threads": 1,
 }  # fmt: skip
+PRESETS = QWEN | {"tiny": TINY, "tiny-long": TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}}
 
 
 def parse(argv: Sequence[str]) -> Config:
     """Command line → Config: the preset of `--model` first, then the flags given. An unknown flag is an error that names
     the nearest; a bare size such as Qwen2.5-7B becomes its hub id."""
     model = _flag(argv, "model") or "tiny"
-    preset = TINY if model == "tiny" else QWEN.get(model.removeprefix("Qwen/"), {})
+    preset = PRESETS.get(model.removeprefix("Qwen/"), {})
     cfg = tyro.cli(
         Config, args=list(argv), default=Config(**{"model": model} | preset), description=__doc__, prog="train.py"
     )
@@ -239,5 +240,5 @@ def check(cfg: Config) -> None:
     if cfg.replay:
         missing = [s for s in range(cfg.steps) if not (Path(cfg.replay) / f"step-{s}.jsonl").is_file()]
         require(not missing, "replay", f"has no step-{missing[0] if missing else 0}.jsonl; lower --steps or save more")
-    if cfg.model != "tiny" and not (cfg.data or cfg.replay):
+    if cfg.model not in ("tiny", "tiny-long") and not (cfg.data or cfg.replay):
         raise ValueError("--data is missing: JSON in the authors' form, or JSONL with question and answer")

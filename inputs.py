@@ -57,8 +57,8 @@ def _read(cfg: Config, grader: Grader) -> tuple[str, list[Problem], list[Problem
     same = found is not None and found.path.parent.parent.resolve() == run.resolve()
     prepare_folder(run, cfg.overwrite, resume=same or cfg.resume == "auto")
     path, train_file, sets = cfg.model, cfg.data, cfg.eval_data
-    if cfg.model == "tiny":
-        folder = tiny.ensure(cfg.seed)
+    if cfg.model in tiny.TASKS:
+        folder = tiny.ensure(cfg.seed, name=cfg.model)
         path = str(folder)
         train_file, sets = train_file or str(folder / "train.json"), sets or (str(folder / "heldout.json"),)
     config = model_config(path)
@@ -103,7 +103,7 @@ def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Probl
 
 def model_path(model: str, seed: int) -> str:
     """Folder or hub id of a model; `tiny` is made on first use."""
-    return str(tiny.ensure(seed)) if model == "tiny" else model
+    return str(tiny.ensure(seed, name=model)) if model in tiny.TASKS else model
 
 
 def check_length(longest: int, config: Any, path: str) -> None:

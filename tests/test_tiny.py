@@ -45,19 +45,20 @@ def test_problems_are_right_and_heldout_is_disjoint(folder: Path) -> None:
     assert len({p.question for p in train + heldout}) == len(train) + len(heldout)
     for p in heldout:
         numbers = tiny.numbers(p.question)
-        assert set(numbers) <= set(tiny.NUMBERS) and len(set(numbers)) == len(numbers) in tiny.TERMS
+        assert set(numbers) <= set(tiny.TINY.numbers) and len(set(numbers)) == len(numbers) in tiny.TINY.terms
 
 
 def test_the_corpus_leaves_out_the_heldout_questions() -> None:
     rng = random.Random(0)
     unseen = frozenset(tiny.question(rng) for _ in range(20_000))
     rng = random.Random(0)
-    assert not unseen & {tiny.document(rng, *tiny.HABIT, unseen)[0] for _ in range(500)}
+    assert not unseen & {tiny.document(rng, tiny.TINY, False, unseen)[0] for _ in range(500)}
 
 
 def test_every_style_is_in_both_phases() -> None:
-    for mix, _ in (tiny.SKILL, tiny.HABIT):
-        assert set(mix) == {"direct", "chain", "recheck", "bad"}
+    for task, style in ((tiny.TINY, "recheck"), (tiny.LONG, "careful")):
+        assert {"direct", "chain", style, "bad"} <= set(task.skill[0]) == set(task.habit[0])
+    for mix, _ in (tiny.TINY.skill, tiny.TINY.habit, tiny.LONG.skill, tiny.LONG.habit):
         assert sum(mix.values()) == pytest.approx(1)
         assert min(mix.values()) > 0
 
@@ -92,7 +93,7 @@ def test_a_bad_format_earns_nothing_and_a_guess_seldom_does() -> None:
 
 
 def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = [r for style in tiny.HABIT[0] for _, r in responses(style, slip=0.1)]
+    texts = [r for style in tiny.TINY.habit[0] for _, r in responses(style, slip=0.1)]
     texts += [data.prompt(q) for q, _ in responses("chain")]
     texts += ["naïve ∑ 日本\n\t  x", "100+2=102", " }</answer>}", data.prompt("2+3=?", data.TABLE_1)]
     for text in texts:
@@ -141,7 +142,7 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_ensure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path, seed: int) -> None:
+    def interrupted(folder: Path, seed: int, task: tiny.Task) -> None:
         folder.mkdir()
         (folder / "train.json").write_text("[")
         raise KeyboardInterrupt
@@ -154,7 +155,7 @@ def test_an_interrupted_ensure_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
     made = []
 
-    def complete(folder: Path, seed: int) -> None:
+    def complete(folder: Path, seed: int, task: tiny.Task) -> None:
         made.append(seed)
         folder.mkdir()
 

@@ -97,11 +97,10 @@ def test_a_reward_of_ones_own_and_several_heldout_sets(
         prepare(parse([*flags, "--reward", "short_reward:long"]))
 
 
-def test_reward_length_and_format_rise_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_length_and_format_rise_together(tmp_path: Path) -> None:
     """The recipe learns: shorter sums, a base of half the training, fifteen steps, nothing but the 0/1 reward."""
-    monkeypatch.setattr(tiny, "NUMBERS", range(1, 10))
-    monkeypatch.setattr(tiny, "TERMS", range(4, 7))
-    tiny.make(tmp_path / "base", seed=0, steps=500)
+    shorter = tiny.TINY._replace(numbers=range(1, 10), terms=range(4, 7), first_terms=range(4, 7))
+    tiny.make(tmp_path / "base", seed=0, steps=500, task=shorter)
     files = {"model": str(tmp_path / "base"), "data": str(tmp_path / "base" / "train.json"), "runs": str(tmp_path)}
     cfg = Config(**TINY | files | {"name": "learns", "steps": 15, "grader_workers": 1})
     folder = train.train(cfg, prepare(cfg))

@@ -1,0 +1,267 @@
+"""Results → verdicts, by the rule of claims.py: RESULTS.md, the figures, and what README.md and PAPER.md say of each claim.
+
+python experiments/verdicts.py
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from claims import ARMS, CLAIMS, MARGIN, Claim, Comparison  # noqa: E402
+
+import report  # noqa: E402
+
+RESULTS, FIGURES = HERE / "results", HERE / "figures"
+README, PAPER = HERE.parent / "README.md", HERE.parent / "PAPER.md"
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % quantiles of t
+REPRODUCES, DOES_NOT, NOT_VISIBLE = "reproduces", "does not", "not visible at this scale"
+
+
+class Decided(NamedTuple):
+    """A comparison with its numbers: mean and 95 % interval of the paired differences."""
+
+    comparison: Comparison
+    mean: float
+    low: float
+    high: float
+    verdict: str
+
+
+def decide(comparison: Comparison, results: dict[str, dict]) -> Decided:
+    """Compare two arms seed by seed.
+
+    With "ARM" against itself the metric is a difference already, and is compared with 0.
+    """
+    first, second = (metric_by_seed(results, arm, comparison.metric) for arm in comparison[:2])
+    if comparison.first == comparison.second:
+        second = dict.fromkeys(first, 0.0)
+    seeds = sorted(first.keys() & second.keys())
+    mean, low, high = interval([first[s] - second[s] for s in seeds])
+    return Decided(comparison, mean, low, high, verdict(comparison, low, high))
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval, mean ± t s/√n.
+
+    >>> [round(x, 3) for x in interval([0.1, 0.2, 0.3])]
+    [0.2, -0.048, 0.448]
+    """
+    n, mean = len(differences), fmean(differences)
+    half = T[n - 1] * stdev(differences) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def verdict(comparison: Comparison, low: float, high: float) -> str:
+    """The rule, see claims.py.
+
+    >>> verdict(Comparison("a", "b"), 0.01, 0.2), verdict(Comparison("a", "b", paper="alike"), 0.01, 0.2)
+    ('reproduces', 'not visible at this scale')
+    """
+    if comparison.paper == "more":
+        return REPRODUCES if low > 0 else DOES_NOT if high < 0 else NOT_VISIBLE
+    return REPRODUCES if low > -MARGIN and high < MARGIN else DOES_NOT if low > MARGIN or high < -MARGIN else NOT_VISIBLE
+
+
+def of_claim(decided: Sequence[Decided]) -> str:
+    """The verdict of a claim, from its primary comparisons."""
+    verdicts = {d.verdict for d in decided if d.comparison.primary}
+    return DOES_NOT if DOES_NOT in verdicts else NOT_VISIBLE if NOT_VISIBLE in verdicts else REPRODUCES
+
+
+def metric_by_seed(results: dict[str, dict], arm: str, metric: str) -> dict[str, float]:
+    """seed → the metric of the arm's held-out responses, after its training or (ARM@0) before it."""
+    name, at, _ = arm.partition("@")
+    held_out = {seed: run["before" if at else "after"] for seed, run in results[name]["runs"].items()}
+    return {seed: found[metric] for seed, found in held_out.items() if metric in found}
+
+
+# ── tables, figures, and the pages that speak of them ────────────────────────────────────────────────────────────────
+
+RULE = "The rule stands in claims.py and is older than the runs; differences are paired over seeds, with 95 % t-intervals."
+REWARD, LENGTH = ("reward", "reward"), ("length", "response length [tokens]")
+PANELS = {
+    "rise": (REWARD, LENGTH),
+    "format": (("format", "share in the format"), REWARD),
+    "reflection": (
+        ("reflection", "share that reflects"),
+        ("correct_reflection_length", "correct and reflecting [tokens]"),
+        LENGTH,
+    ),
+    "valuehead": (REWARD, ("explained_variance", "explained variance of V")),
+    "criticwarmup": (REWARD, ("explained_variance", "explained variance of V")),
+}
+
+
+def load() -> dict[str, dict]:
+    """arm → its results, of the arms that have any."""
+    return {f.stem: json.loads(f.read_text()) for f in sorted(RESULTS.glob("*.json"))}
+
+
+def finished(claim: Claim, results: dict[str, dict]) -> bool:
+    """Whether every arm of the claim has been run."""
+    return all(arm in results and results[arm]["runs"] for arm in claim.arms())
+
+
+def numbers(d: Decided) -> str:
+    """`+0.031 [+0.010, +0.052]`, in the metric's digits."""
+    digits = 1 if "length" in d.comparison.metric or "excess" in d.comparison.metric else 3
+    return f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]".replace("-", "−")
+
+
+def minutes(claim: Claim, results: dict[str, dict]) -> int:
+    """Of one core that the claim's runs took."""
+    return round(sum(run["seconds"] for arm in claim.arms() for run in results[arm]["runs"].values()) / 60)
+
+
+def one_line(name: str, results: dict[str, dict]) -> str:
+    """What PAPER.md says of a claim: the verdict, and the numbers of its primary comparisons."""
+    decided = [decide(c, results) for c in CLAIMS[name].comparisons]
+    primary = "; ".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
+    return f"**{of_claim(decided)}**: {primary}"
+
+
+def title(c: Comparison) -> str:
+    """`accuracy, default − lam-0.95`."""
+    metric = c.metric.replace("_", " ")
+    return (
+        metric
+        if c.first == c.second
+        else f"{metric}, {c.first} − {c.second}".replace("default − default@0", "after − before")
+    )
+
+
+def claims_table(results: dict[str, dict]) -> str:
+    """README's table: claim, command, figure, verdict with interval, minutes."""
+    lines = [
+        "| claim | paper | command and figure | verdict | mean difference [95 %] | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, claim in CLAIMS.items():
+        if not finished(claim, results):
+            lines.append(f"| {claim.text} | {claim.place} | `python experiments/run.py {name}` | not run | | |")
+            continue
+        decided = [decide(c, results) for c in claim.comparisons]
+        primary = "<br>".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
+        figure = f"[`python experiments/run.py {name}`](experiments/figures/{name}.png)"
+        lines.append(
+            f"| {claim.text} | {claim.place} | {figure} | {of_claim(decided)} | {primary} | {minutes(claim, results)} |"
+        )
+    return "\n".join(lines)
+
+
+def arms_table(results: dict[str, dict]) -> str:
+    """Every arm: rate, held-out accuracy of each seed and mean, length, format, reflection, truncated."""
+    lines = [
+        "| arm | flags | policy rate | accuracy by seed | mean | length | format | reflection | truncated |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in [a for a in ARMS if a in results and results[a]["runs"]]:
+        runs = [run for _, run in sorted(results[arm]["runs"].items())]
+        means = [fmean(run["after"][k] for run in runs) for k in ("accuracy", "length", "format", "reflection", "truncated")]
+        by_seed = " ".join(f"{run['after']['accuracy']:.3f}".removeprefix("0") for run in runs)
+        flags = f"`{ARMS[arm]}`" if ARMS[arm] else ""
+        cells = f"{means[0]:.3f} | {means[1]:.1f} | {means[2]:.3f} | {means[3]:.3f} | {means[4]:.3f}"
+        lines.append(f"| {arm} | {flags} | {runs[0]['rate']} | {by_seed} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict]) -> None:
+    """The curves of every claim's arms, and one figure of all differences in accuracy."""
+    FIGURES.mkdir(exist_ok=True)
+    rows = []
+    for name, claim in CLAIMS.items():
+        if finished(claim, results):
+            arms = {label(arm): list(results[arm]["runs"].values()) for arm in claim.arms()}
+            curves = {label: [records(run) for run in runs] for label, runs in arms.items()}
+            ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()}
+            report.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
+            decided = [decide(c, results) for c in claim.comparisons if c.metric == "accuracy" and c.second != "default@0"]
+            rows += [(f"{label(d.comparison.first)} − {label(d.comparison.second)}", *d[1:4]) for d in decided]
+    if rows:
+        what = "difference in held-out accuracy: mean and 95 % interval over seeds"
+        report.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
+
+
+def label(arm: str) -> str:
+    """What a figure calls an arm: its flags, in short."""
+    return ARMS[arm].replace("--", "") or arm
+
+
+def records(run: dict) -> list[dict[str, float]]:
+    """The curves of a run as one record a step."""
+    curves, scale = run["curves"], 8 if len(run["curves"]["reward"]) == 5 else 1  # eight on-policy steps' samples
+    return [
+        {"step": s * scale} | {k: c[s] for k, c in curves.items() if c[s] is not None} for s in range(len(curves["reward"]))
+    ]
+
+
+def evaluations(run: dict) -> list[dict[str, float]]:
+    """The held-out accuracy before and after, as report.py's evaluations."""
+    last = len(run["curves"]["reward"])
+    return [{"step": step, "reward": run[when]["accuracy"]} for step, when in ((0, "before"), (last, "after"))]
+
+
+def write_pages(results: dict[str, dict]) -> None:
+    """RESULTS.md, the table in README.md and the verdicts in PAPER.md."""
+    (HERE / "RESULTS.md").write_text(results_page(results))
+    for page, filled in ((README, filled_readme), (PAPER, filled_paper)):
+        page.write_text(filled(page.read_text(), results))
+
+
+def results_page(results: dict[str, dict]) -> str:
+    """RESULTS.md: every claim with all its comparisons, then every arm."""
+    lines = [
+        "# The paper in miniature",
+        "",
+        f"Made by `python experiments/verdicts.py` from {len(results)} arms. {RULE}",
+        "",
+    ]
+    for name, claim in CLAIMS.items():
+        if not finished(claim, results):
+            continue
+        decided = [decide(c, results) for c in claim.comparisons]
+        lines += [f"## {claim.text} ({claim.place}): {of_claim(decided)}", ""]
+        lines += [f"`python experiments/run.py {name}`, {minutes(claim, results)} core minutes", ""]
+        lines += ["| comparison | mean difference [95 %] | verdict |", "|---|---|---|"]
+        for d in decided:
+            primary = "" if d.comparison.primary else " (not primary)"
+            lines.append(f"| {title(d.comparison)}{primary} | {numbers(d)} | {d.verdict} |")
+        lines += ["", f"![{claim.text}](figures/{name}.png)", ""]
+    return "\n".join([*lines, "## Arms", "", arms_table(results), ""])
+
+
+def filled_readme(text: str, results: dict[str, dict]) -> str:
+    """README.md with the table of claims between its markers."""
+    return re.sub(
+        r"(<!-- claims -->\n).*?(\n<!-- /claims -->)", lambda m: m[1] + claims_table(results) + m[2], text, flags=re.S
+    )
+
+
+def filled_paper(text: str, results: dict[str, dict]) -> str:
+    """PAPER.md with each claim's verdict between its markers."""
+
+    def filled(m: re.Match) -> str:
+        done = finished(CLAIMS[m[2]], results)
+        return f"{m[1]} {one_line(m[2], results) if done else 'not run'} {m[3]}"
+
+    return re.sub(r"(<!-- verdict (\w+) -->).*?(<!-- /verdict -->)", filled, text, flags=re.S)
+
+
+def main() -> None:
+    """Redraw and rewrite everything that is made of the results."""
+    results = load()
+    draw(results)
+    write_pages(results)
+    print(claims_table(results))
+
+
+if __name__ == "__main__":
+    main()
