@@ -37,6 +37,7 @@ ASSUMED = f"H100s, {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s, {HBM_SHARE:.0%} of {
 FIELDS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
 SHAPES: dict[str, tuple[int, ...]] = {  # the models known without a network; last: is the head the embedding?
     "tiny": (64, 2, 2, 1, 128, 468, True),
+    "tiny-long": (64, 2, 2, 1, 128, 469, True),
     "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
     "Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),

@@ -83,6 +83,28 @@ def metric_by_seed(results: dict[str, dict], arm: str, metric: str) -> dict[str,
     return {seed: found[metric] for seed, found in held_out.items() if metric in found}
 
 
+def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 1 / 3) -> list[int]:
+    """Fig. 5's "step moments": steps before and after which, in windows of `width` steps, reward and length both rise by
+    at least `share` of their whole rise from the first window to the last.
+
+    >>> step_moments({"reward": [0.1] * 8 + [0.8] * 8, "length": [30] * 8 + [90] * 8})
+    [6, 7, 8, 9, 10]
+    >>> step_moments({"reward": [s / 40 for s in range(40)], "length": list(range(40))})
+    []
+    """
+
+    def mean(curve: list[float], first: int) -> float:
+        return fmean(curve[first : first + width])
+
+    both = [curves["reward"], curves["length"]]
+    last = len(both[0]) - width
+    return [
+        s
+        for s in range(width, last + 1)
+        if all(mean(c, s) - mean(c, s - width) >= share * (mean(c, last) - mean(c, 0)) > 0 for c in both)
+    ]
+
+
 # ── tables, figures, and the pages that speak of them ────────────────────────────────────────────────────────────────
 
 RULE = "The rule stands in claims.py and is older than the runs; differences are paired over seeds, with 95 % t-intervals."
@@ -234,6 +256,10 @@ def results_page(results: dict[str, dict]) -> str:
         for d in decided:
             primary = "" if d.comparison.primary else " (not primary)"
             lines.append(f"| {title(d.comparison)}{primary} | {numbers(d)} | {d.verdict} |")
+        if name == "rise":
+            moments = {seed: step_moments(run["curves"]) for seed, run in sorted(results["default"]["runs"].items())}
+            found = "; ".join(f"seed {seed}: {', '.join(map(str, steps)) or 'none'}" for seed, steps in moments.items())
+            lines += ["", f"Step moments (`verdicts.step_moments`; no part of the verdict): {found}."]
         lines += ["", f"![{claim.text}](figures/{name}.png)", ""]
     return "\n".join([*lines, "## Arms", "", arms_table(results), ""])
 

@@ -31,8 +31,8 @@ from policy import Policy
 from rollout import Rollout
 
 PARAMETERS = {
-    "tiny": 104_256, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-7B": 7_615_616_512,
-    "Qwen2.5-32B": 32_763_876_352,
+    "tiny": 104_256, "tiny-long": 104_320, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512, "Qwen2.5-32B": 32_763_876_352,
 }  # fmt: skip
 
 

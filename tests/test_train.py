@@ -68,7 +68,8 @@ def test_a_run_leaves_everything(flags: list[str], base_folder: Path, engine: st
     assert [json.loads(e)["step"] for e in (folder / "evaluations.jsonl").read_text().splitlines()] == [0, 1, 2]
     assert len((folder / "rollouts.jsonl").read_text().splitlines()) == 32
     assert list(folder.glob("tensorboard/events*"))
-    assert {p.name for p in folder.glob("*.png")} == {f"{n}.png" for n in ("reward_length", "format", "reflection", "heldout", "health")}
+    figures = {"reward_length", "format", "reflection", "heldout", "health"}
+    assert figures == {p.stem for p in folder.glob("*.png")} == {p.stem for p in folder.glob("*.svg")}
     trained = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), base.parameters(), strict=True))
