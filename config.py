@@ -17,7 +17,8 @@ class Config:
     Where the authors' code differs from the paper, the field says so."""
 
     model: str = "tiny"
-    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`: a model made here in under two minutes."""
+    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, made here in under two minutes; or
+    `tiny-long`, the test bed of the experiments."""
     data: str = ""
     """Training problems: a file in the authors' form, JSON lines with question and answer, a hub id, or what else sources.py
     knows. `tiny` brings its own."""
@@ -119,6 +120,8 @@ class Config:
     """Refuse to start when sampler and trainer differ by more than this per token on average (nats): a wrong sampler."""
     keep_rollouts: int = 16
     """Responses of each iteration written to rollouts.jsonl."""
+    keep_tokens: int = 4
+    """Of those, how many keep V(s_t), Â_t and the log-probability of every token; the run's page colours them."""
 
     init_critic: str = ""
     """Folder of a trained critic to begin with (an export of ours, or one of the authors'); none: the base model."""

@@ -5,11 +5,12 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               evaluations.jsonl  held-out metrics before, during and after
               heldout-<step>.jsonl  the responses behind them
               summary.json     seconds and peak memory by stage
-              rollouts.jsonl   some sampled responses of every step
+              rollouts.jsonl   some sampled responses of every step, a few of them token by token
               rollouts/        all of them, ids included, with --save-rollouts
               checkpoints/     what --resume goes on from
               tensorboard/     the metrics again, as events
               *.png            figures drawn at the end (report.py)
+              report.html      everything to look at, in one page (page.py)
               policy/ critic/  Hugging Face folders
 """
 
@@ -34,7 +35,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+import page
 import parallel
 import rollout
 from checkpoint import Checkpoint, changed
@@ -81,7 +85,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: Any, found: Checkpoint | None = None) -> None:
-        self.folder, self.steps, self.keep = folder, config.steps, config.keep_rollouts
+        self.folder, self.steps, self.keep = folder, config.steps, (config.keep_rollouts, config.keep_tokens)
         self.gap_limit, self.began, self.first = config.max_logp_gap, time.perf_counter(), 0
         self.writes, self.saves_all = parallel.rank() == 0, config.save_rollouts
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.writes)
@@ -181,8 +185,11 @@ class RunLog:
             rollout.write(path, rollouts)
             raise FloatingPointError(f"step {step}: {wrong}; the step's rollouts are in {path}") from wrong
 
-    def step(self, step: int, record: dict[str, float], rollouts: Sequence[Rollout]) -> None:
-        """Write the metrics of a step, some of its rollouts, and its line."""
+    def step(
+        self, step: int, record: dict[str, float], rollouts: Sequence[Rollout],
+        tokenizer: PreTrainedTokenizerBase, values: Tensor | None, advantages: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the metrics of a step, some of its rollouts (`rollout.transcripts`), and its line."""
         seconds = sum(self.seconds.values())
         tokens = sum(len(r.ids) for r in rollouts)
         record = {"step": step, **record, "tokens_per_second": tokens / seconds, "seconds": seconds}
@@ -191,8 +198,8 @@ class RunLog:
         self.seconds = {}
         print(json.dumps(_finite(record)), file=self.metrics, flush=True)
         self._events("", record, step)
-        for r in rollouts[:: max(1, len(rollouts) // max(1, self.keep))][: self.keep]:
-            print(json.dumps({"step": step, **rollout.transcript(r)}, ensure_ascii=False), file=self.rollouts)
+        for kept in rollout.transcripts(rollouts, *self.keep, tokenizer, values, advantages):
+            print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
         self.rollouts.flush()
         if self.writes and self.saves_all:
             rollout.write(self.folder / "rollouts" / f"step-{step}.jsonl", rollouts)
@@ -224,10 +231,12 @@ class RunLog:
             self.console.print(f"  {', '.join(sets)}")
 
     def draw(self) -> None:
-        """The figures of the run."""
+        """The figures of the run, and its page."""
         import report  # matplotlib takes memory that the training may want
+
         if self.writes:
             report.figures(self.folder)
+            page.write(self.folder)
 
     def _events(self, prefix: str, record: dict[str, float], step: int) -> None:
         for name, value in record.items() if self.writes else ():

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import parallel
@@ -85,6 +87,54 @@ def transcript(r: Rollout) -> dict[str, Any]:
         "problem": r.problem.source, "question": r.problem.question, "gold": r.problem.answer, "response": r.text,
         "answer": r.answer, "reward": r.reward, "finish": r.finish, "tokens": len(r.ids), "timeout": r.timeout,
     }  # fmt: skip
+
+
+def transcripts(
+    rollouts: Sequence[Rollout], keep: int, keep_tokens: int,
+    tokenizer: PreTrainedTokenizerBase, values: Tensor | None, advantages: Tensor,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Transcripts of `keep` rollouts, spread over the step's problems. `keep_tokens` of them, spread likewise, have every
+    token's text, id, log-probability as sampled, V(s_t) (unless `values` is None) and Â_t, to four digits. Values and
+    advantages are flat (N,), in the order of `rollouts`. Where the texts of the tokens are not the response, these are
+    left out."""
+    starts = [0, *accumulate(len(r.ids) for r in rollouts)]
+    kept = _spread(range(len(rollouts)), keep)
+    detailed = _spread(kept, keep_tokens)
+    for i in kept:
+        r, here, per_token = rollouts[i], slice(starts[i], starts[i + 1]), {}
+        if i in detailed and "".join(texts := pieces(tokenizer, r.ids)) == r.text:
+            per_token = {"pieces": texts, "ids": r.ids, "logprobs": _short(r.logprobs)}
+            per_token |= {} if values is None else {"values": _short(values[here].tolist())}
+            per_token["advantages"] = _short(advantages[here].tolist())
+        yield transcript(r) | per_token
+
+
+def _spread(items: Sequence[int], count: int) -> Sequence[int]:
+    return items[:: max(1, len(items) // max(1, count))][:count]
+
+
+def _short(numbers: Sequence[float]) -> list[float]:
+    return [float(f"{x:.4g}") for x in numbers]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token, so that all of them together are the text of the response. A character that is split over
+    tokens belongs to its last one; the others are empty. A token is decoded after the one before it, because some
+    tokenizers drop a space at the beginning.
+
+    >>> import tiny
+    >>> pieces(tiny.tokenizer(), tiny.tokenizer().encode(" so 7 ∑"))
+    [' so', ' 7', ' ', '', '', '∑']
+    """
+    texts, start, seen = [], 0, ""
+    for t in range(len(ids)):
+        text = tokenizer.decode(ids[start : t + 1])
+        if text.endswith("\ufffd") and t + 1 < len(ids):  # perhaps the beginning of a character
+            texts.append("")
+            continue
+        texts.append(text[len(seen) :])
+        start, seen = t, tokenizer.decode(ids[t : t + 1])
+    return texts
 
 
 def write(path: Path, rollouts: Sequence[Rollout], ids: bool = True) -> None:

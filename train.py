@@ -82,7 +82,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
             if engine:
                 with log.phase("sync"), on_device(policy):
                     rollout.sync(engine, policy)
-            log.step(step, describe(rollouts) | stats, rollouts)
+            log.step(step, describe(rollouts) | stats, rollouts, tokenizer, values if critic else None, normalise(A))
             done, last = step + 1, step + 1 == cfg.steps
             if heldout and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
                 log.evaluation(done, held_out)

@@ -115,9 +115,9 @@ def watch(bare: Bare) -> list[dict[str, float]]:
         bare.models(engines[0], *models[:2])
         return models
 
-    def step(self: Any, number: int, metrics: dict[str, float], rollouts: list[Rollout]) -> None:
+    def step(self: Any, number: int, metrics: dict[str, float], rollouts: list[Rollout], *more: Any) -> None:
         phases.append(dict(self.seconds))
-        write(self, number, metrics, rollouts)
+        write(self, number, metrics, rollouts, *more)
         whole = time.perf_counter() - began[0]
         if number:  # of step 0 the beginning is not known
             bare.whole.append(whole)

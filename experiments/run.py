@@ -316,12 +316,12 @@ def open_jobs(arms: Sequence[str]) -> list[Job]:
 
 def run_all(arms: Sequence[str], workers: int) -> None:
     """Run what is open, an arm after the other; keep each result as it comes, and say how long the rest will take."""
-    started, done, running = time.perf_counter(), 0, {}
-    left = sum(
-        len(SEEDS) + len(RATES) * (arm not in FIRST) - len(stored(arm)["sweep"]) - len(stored(arm)["runs"]) for arm in arms
-    )
+    done, running = 0, {}
+    runs = len(SEEDS) * len(arms) + len(RATES) * sum(arm not in FIRST for arm in arms)
+    left = runs - sum(len(stored(arm)["sweep"]) + len(stored(arm)["runs"]) for arm in arms)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(partial(tiny.ensure, name=MODEL), (SWEEP_SEED, *SEEDS)))
+        started = time.perf_counter()
         while True:
             waiting = [job for job in open_jobs(arms) if job not in running.values()]
             running |= {pool.submit(run, *job): job for job in waiting[: workers - len(running)]}
