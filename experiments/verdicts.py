@@ -15,7 +15,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from claims import ARMS, CLAIMS, MARGIN, Claim, Comparison  # noqa: E402
+from claims import ARMS, CLAIMS, MARGIN, SEEDS, Claim, Comparison  # noqa: E402
 
 import report  # noqa: E402
 
@@ -109,6 +109,7 @@ def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 
 
 RULE = "The rule stands in claims.py and is older than the runs; differences are paired over seeds, with 95 % t-intervals."
 REWARD, LENGTH = ("reward", "reward"), ("length", "response length [tokens]")
+EXPLAINED = ("explained_variance", "explained variance of V")
 PANELS = {
     "rise": (REWARD, LENGTH),
     "format": (("format", "share in the format"), REWARD),
@@ -117,8 +118,9 @@ PANELS = {
         ("correct_reflection_length", "correct and reflecting [tokens]"),
         LENGTH,
     ),
-    "valuehead": (REWARD, ("explained_variance", "explained variance of V")),
-    "criticwarmup": (REWARD, ("explained_variance", "explained variance of V")),
+    "repetition": (EXPLAINED, ("truncated", "share cut off")),
+    "valuehead": (REWARD, EXPLAINED),
+    "criticwarmup": (REWARD, EXPLAINED),
 }
 
 
@@ -127,9 +129,20 @@ def load() -> dict[str, dict]:
     return {f.stem: json.loads(f.read_text()) for f in sorted(RESULTS.glob("*.json"))}
 
 
+def run_on_all_seeds(arm: str, results: dict[str, dict]) -> bool:
+    """Whether there is a result for every seed."""
+    return arm in results and len(results[arm]["runs"]) == len(SEEDS)
+
+
 def finished(claim: Claim, results: dict[str, dict]) -> bool:
-    """Whether every arm of the claim has been run."""
-    return all(arm in results and results[arm]["runs"] for arm in claim.arms())
+    """Whether the arms of the claim's primary comparisons have been run."""
+    return all(run_on_all_seeds(arm, results) for arm in claim.arms(primary=True))
+
+
+def decisions(claim: Claim, results: dict[str, dict]) -> list[Decided]:
+    """The comparisons whose arms have been run."""
+    arms = [arm for arm in claim.arms() if run_on_all_seeds(arm, results)]
+    return [decide(c, results) for c in claim.comparisons if {c.first, c.second.removesuffix("@0")} <= set(arms)]
 
 
 def numbers(d: Decided) -> str:
@@ -140,12 +153,12 @@ def numbers(d: Decided) -> str:
 
 def minutes(claim: Claim, results: dict[str, dict]) -> int:
     """Of one core that the claim's runs took."""
-    return round(sum(run["seconds"] for arm in claim.arms() for run in results[arm]["runs"].values()) / 60)
+    return round(sum(run["seconds"] for arm in claim.arms() if arm in results for run in results[arm]["runs"].values()) / 60)
 
 
 def one_line(name: str, results: dict[str, dict]) -> str:
     """What PAPER.md says of a claim: the verdict, and the numbers of its primary comparisons."""
-    decided = [decide(c, results) for c in CLAIMS[name].comparisons]
+    decided = decisions(CLAIMS[name], results)
     primary = "; ".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
     return f"**{of_claim(decided)}**: {primary}"
 
@@ -170,7 +183,7 @@ def claims_table(results: dict[str, dict]) -> str:
         if not finished(claim, results):
             lines.append(f"| {claim.text} | {claim.place} | `python experiments/run.py {name}` | not run | | |")
             continue
-        decided = [decide(c, results) for c in claim.comparisons]
+        decided = decisions(claim, results)
         primary = "<br>".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
         figure = f"[`python experiments/run.py {name}`](experiments/figures/{name}.png)"
         lines.append(
@@ -201,19 +214,20 @@ def draw(results: dict[str, dict]) -> None:
     rows = []
     for name, claim in CLAIMS.items():
         if finished(claim, results):
-            arms = {label(arm): list(results[arm]["runs"].values()) for arm in claim.arms()}
+            done = [arm for arm in claim.arms() if run_on_all_seeds(arm, results)]
+            arms = {label(arm): list(results[arm]["runs"].values()) for arm in done}
             curves = {label: [records(run) for run in runs] for label, runs in arms.items()}
-            ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()}
+            ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()} if len(arms) > 1 else None
             report.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
-            decided = [decide(c, results) for c in claim.comparisons if c.metric == "accuracy" and c.second != "default@0"]
-            rows += [(f"{label(d.comparison.first)} − {label(d.comparison.second)}", *d[1:4]) for d in decided]
+            compared = [d for d in decisions(claim, results) if d.comparison.metric == "accuracy"]
+            rows += [(title(d.comparison).partition(", ")[2], *d[1:4]) for d in compared if name != "rise"]
     if rows:
         what = "difference in held-out accuracy: mean and 95 % interval over seeds"
         report.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
 
 
 def label(arm: str) -> str:
-    """What a figure calls an arm: its flags, in short."""
+    """What a figure calls an arm: its flags, or its name."""
     return ARMS[arm].replace("--", "") or arm
 
 
@@ -249,7 +263,7 @@ def results_page(results: dict[str, dict]) -> str:
     for name, claim in CLAIMS.items():
         if not finished(claim, results):
             continue
-        decided = [decide(c, results) for c in claim.comparisons]
+        decided = decisions(claim, results)
         lines += [f"## {claim.text} ({claim.place}): {of_claim(decided)}", ""]
         lines += [f"`python experiments/run.py {name}`, {minutes(claim, results)} core minutes", ""]
         lines += ["| comparison | mean difference [95 %] | verdict |", "|---|---|---|"]

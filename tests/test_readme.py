@@ -41,7 +41,7 @@ def test_the_core_stays_small() -> None:
     lines = {p.name: len(p.read_text().splitlines()) for p in ROOT.glob("*.py")}
     recipe = README.split("| the recipe |")[1].split("| around it |")[0]
     assert sum(lines[name] for name in re.findall(r"^\| `(\w+\.py)`", recipe, re.MULTILINE)) <= 4000
-    assert sum(lines.values()) <= 6150
+    assert sum(lines.values()) <= 6600
     assert max(lines.values()) <= 340
     loop = re.search(r"^def train\(.*?^(?=def )", (ROOT / "train.py").read_text(), re.MULTILINE | re.DOTALL).group()
     assert len(loop.splitlines()) <= 60
