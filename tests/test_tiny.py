@@ -28,9 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def responses(style: str, count: int = 200, slip: float = 0.0) -> list[tuple[str, str]]:
+def responses(style: str, count: int = 200, slip: float = 0.0, task: tiny.Task = tiny.TINY) -> list[tuple[str, str]]:
     rng = random.Random(f"{style}/{slip}")
-    questions = [tiny.question(rng) for _ in range(count)]
+    questions = [tiny.question(rng, task.numbers, task.terms) for _ in range(count)]
     return [(q, tiny.respond(rng, q, style, slip)) for q in questions]
 
 
@@ -56,8 +56,8 @@ def test_the_corpus_leaves_out_the_heldout_questions() -> None:
 
 
 def test_every_style_is_in_both_phases() -> None:
-    for task, style in ((tiny.TINY, "recheck"), (tiny.LONG, "careful")):
-        assert {"direct", "chain", style, "bad"} <= set(task.skill[0]) == set(task.habit[0])
+    for task, long in ((tiny.TINY, {"chain", "recheck"}), (tiny.LONG, {"careful", "half", "loop"})):
+        assert {"direct", "bad"} | long == set(task.skill[0]) == set(task.habit[0])
     for mix, _ in (tiny.TINY.skill, tiny.TINY.habit, tiny.LONG.skill, tiny.LONG.habit):
         assert sum(mix.values()) == pytest.approx(1)
         assert min(mix.values()) > 0
@@ -90,6 +90,29 @@ def test_a_bad_format_earns_nothing_and_a_guess_seldom_does() -> None:
     assert not any(extract(r) for _, r in responses("bad", 1_000))
     guesses = [(FORMAT.fullmatch(r)[1], total(q)) for q, r in responses("direct", 2_000)]
     assert 0.03 < sum(guess == gold for guess, gold in guesses) / len(guesses) < 0.15
+
+
+def test_the_long_task_is_long_and_cannot_be_cut_short() -> None:
+    """`tiny-long`: careful answers take 100 tokens and more, the harder the longer; half of one is seldom right; a stuck one
+    never ends by itself."""
+    tok, task = tiny.tokenizer(tiny.LONG), tiny.LONG
+
+    def answered(style: str) -> tuple[list[int], float]:
+        documents = responses(style, 400, slip=task.habit[1], task=task)
+        right = [r.endswith(f"\\boxed{{{total(q)}}} </answer>") for q, r in documents]
+        return [len(ids) - prompt for ids, prompt in tiny.encode(tok, documents)], sum(right) / len(right)
+
+    lengths, right = answered("careful")
+    assert sorted(lengths)[200] >= 100 and right > 0.85
+    by_terms = {n: [] for n in task.terms}
+    for (question, _), length in zip(responses("careful", 400, slip=task.habit[1], task=task), lengths, strict=True):
+        by_terms[question.count("+") + 1].append(length)
+    means = [sum(part) / len(part) for part in by_terms.values()]
+    assert means == sorted(means)
+    shorter, seldom = answered("half")
+    assert sorted(shorter)[200] < 80 and seldom < 0.2
+    assert not any("answer" in r for _, r in responses("loop", 100, task=task))
+    assert all(tok.decode(tok.encode(r)) == r for _, r in responses("careful", 50, slip=0.2, task=task))
 
 
 def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
