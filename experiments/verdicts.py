@@ -160,7 +160,8 @@ def one_line(name: str, results: dict[str, dict]) -> str:
     """What PAPER.md says of a claim: the verdict, and the numbers of its primary comparisons."""
     decided = decisions(CLAIMS[name], results)
     primary = "; ".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
-    return f"**{of_claim(decided)}**: {primary}"
+    links = f"[figure](experiments/figures/{name}.png), `python experiments/run.py {name}`"
+    return f"**{of_claim(decided)}**: {primary} ({links})"
 
 
 def title(c: Comparison) -> str:
