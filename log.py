@@ -236,7 +236,7 @@ class RunLog:
 
         if self.writes:
             report.figures(self.folder)
-            page.write(self.folder)
+            self.console.print(f"look at it in {page.write(self.folder)}")
 
     def _events(self, prefix: str, record: dict[str, float], step: int) -> None:
         for name, value in record.items() if self.writes else ():
