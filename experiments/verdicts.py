@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
@@ -152,8 +152,9 @@ def numbers(d: Decided) -> str:
 
 
 def minutes(claim: Claim, results: dict[str, dict]) -> int:
-    """Of one core that the claim's runs took."""
-    return round(sum(run["seconds"] for arm in claim.arms() if arm in results for run in results[arm]["runs"].values()) / 60)
+    """Of one core that the runs of the claim's arms take; by the median, since a run may have been paused."""
+    runs = [list(results[arm]["runs"].values()) for arm in claim.arms() if run_on_all_seeds(arm, results)]
+    return round(sum(len(arm) * median(run["seconds"] for run in arm) for arm in runs) / 60)
 
 
 def one_line(name: str, results: dict[str, dict]) -> str:
