@@ -222,7 +222,9 @@ def draw(results: dict[str, dict]) -> None:
             ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()} if len(arms) > 1 else None
             report.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
             compared = [d for d in decisions(claim, results) if d.comparison.metric == "accuracy"]
-            rows += [(title(d.comparison).partition(", ")[2], *d[1:4]) for d in compared if name != "rise"]
+            rows += [
+                (title(d.comparison).partition(", ")[2], *(round(x, 3) for x in d[1:4])) for d in compared if name != "rise"
+            ]
     if rows:
         what = "difference in held-out accuracy: mean and 95 % interval over seeds"
         report.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
