@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -51,16 +52,7 @@ from rollout import Rollout  # noqa: E402
 MODEL, RUNS, RESULTS = "tiny-long", Path("runs/experiments"), HERE / "results"
 FIRST = {"anneal": "default", "anneal-hard": "default"}  # arms that begin where another ended
 HELDOUT = ("length", "format", "reflection", "correct_reflection_length", "truncated")
-CURVES = (
-    "reward",
-    "length",
-    "format",
-    "reflection",
-    "correct_reflection_length",
-    "truncated",
-    "entropy",
-    "explained_variance",
-)
+CURVES = ("reward", *HELDOUT, "entropy", "explained_variance")
 
 
 def run(arm: str, seed: int, rate: str) -> dict[str, Any]:
@@ -123,9 +115,9 @@ def rounded(value: float) -> float:
 
 def hard_problems(responses: Sequence[dict[str, Any]]) -> set[str]:
     """Problems with at most one right response."""
-    right: dict[str, float] = {}
+    right: Counter[str] = Counter()
     for r in responses:
-        right[r["problem"]] = right.get(r["problem"], 0) + r["reward"]
+        right[r["problem"]] += r["reward"]
     return {problem for problem, count in right.items() if count <= 1}
 
 

@@ -167,12 +167,8 @@ def one_line(name: str, results: dict[str, dict]) -> str:
 
 def title(c: Comparison) -> str:
     """`accuracy, default − lam-0.95`."""
-    metric = c.metric.replace("_", " ")
-    return (
-        metric
-        if c.first == c.second
-        else f"{metric}, {c.first} − {c.second}".replace("default − default@0", "after − before")
-    )
+    arms = {c.first: "", f"{c.first}@0": ", after − before"}  # against itself the metric is a difference already
+    return c.metric.replace("_", " ") + arms.get(c.second, f", {c.first} − {c.second}")
 
 
 def claims_table(results: dict[str, dict]) -> str:
