@@ -10,7 +10,7 @@ RUN ?= demo
 BIN := .venv/bin
 SYSTEM := $(shell uname)
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
-REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+REQUIREMENTS := $(if $(GPU),requirements.txt,tools/requirements-cpu.txt)
 TORCH := $(shell grep '^torch==' requirements.txt)
 # The package index's torch for Linux is the CUDA build: gigabytes that a laptop has no use for. TORCH_INDEX, if given, is
 # where torch comes from instead: the address of PyTorch's own index of CPU wheels, which its installation page names.
@@ -38,7 +38,7 @@ ifneq ($(GPU),)
 	$(BIN)/pip install -q -r requirements.txt
 else ifeq ($(SYSTEM),Linux)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install -q --no-deps --only-binary :all: -r requirements-cpu.txt
+	$(BIN)/pip install -q --no-deps --only-binary :all: -r tools/requirements-cpu.txt
 else # vLLM's CPU build is for Linux
 	grep -v vllm requirements.txt | $(BIN)/pip install -q -r /dev/stdin
 endif

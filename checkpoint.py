@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-import parallel
+import distributed
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 ARCHITECTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -68,9 +68,9 @@ class Checkpoints:
         self.folder, self.every, self.keep = folder, config.checkpoint_every, config.keep_checkpoints
         self.trained, self.saved, self.signal = trained, first, 0
         model = architecture(trained["policy"][0].model.config)
-        self.about = {"settings": asdict(config), "model": model, "roles": list(trained), "ranks": parallel.size()}
+        self.about = {"settings": asdict(config), "model": model, "roles": list(trained), "ranks": distributed.size()}
         # Its collectives run beside the loop's, so they need a group of their own.
-        self.group = dist.new_group(backend="gloo") if parallel.started() else None
+        self.group = dist.new_group(backend="gloo") if distributed.started() else None
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
@@ -93,14 +93,14 @@ class Checkpoints:
     def step(self, done: int, last: bool, records: Sequence[Path]) -> None:
         """After `done` iterations: save if that is due. After a signal to any rank: save, and exit with 128 + its number.
         `records` are the run's files that grow. Raises OSError when a checkpoint could not be written."""
-        stop, failed = map(max, zip(*parallel.gather((self.signal, self._failed())), strict=True))
+        stop, failed = map(max, zip(*distributed.gather((self.signal, self._failed())), strict=True))
         if failed:
             self.finish()
         if stop or (self.every and (last or done % self.every == 0)):
             self.save(done, records)
         if stop:
             self.finish()
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 print(f"stopped by signal {stop} after {done} iterations; --resume auto goes on from there", flush=True)
             raise SystemExit(128 + stop)
 
@@ -119,7 +119,7 @@ class Checkpoints:
     def _write(self, done: int, copy: dict[str, Tensor], about: dict[str, Any]) -> None:
         final, beside = self.folder / f"step-{done}", self.folder / f"step-{done}.tmp"
         dcp.save(copy, checkpoint_id=beside, process_group=self.group, no_dist=self.group is None)
-        if parallel.rank() > 0:  # rank 0 comes here when the shards of all ranks are on the disk
+        if distributed.rank() > 0:  # rank 0 comes here when the shards of all ranks are on the disk
             return
         files = {file.name: file.stat().st_size for file in beside.iterdir()}
         with (beside / "run.json").open("w") as file:
@@ -139,7 +139,7 @@ class Checkpoints:
             self.pending.result()
         except (CheckpointException, OSError, RuntimeError) as wrong:
             causes = [e for e, _ in wrong.failures.values()] if isinstance(wrong, CheckpointException) else [wrong]
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 shutil.rmtree(self.folder / f"step-{self.saved}.tmp", ignore_errors=True)
             kept = by_step(self.folder)
             left = f"{kept[-1]} is complete: mend that and pass --resume auto" if kept else "there is no older one"
@@ -225,7 +225,7 @@ def load(found: Checkpoint | None, trained: Trained) -> int:
     without a checkpoint 0."""
     if found is None:
         return 0
-    dcp.load(tensors(trained), checkpoint_id=found.path, no_dist=not parallel.started())
+    dcp.load(tensors(trained), checkpoint_id=found.path, no_dist=not distributed.started())
     return found.about["step"]
 
 
@@ -237,10 +237,10 @@ def export(
     to rank 0, which writes beside and renames, so `folder` is never half a model."""
     weights = {}
     for name, p in module.model.named_parameters():
-        whole = parallel.full(p)
-        if parallel.rank() == 0:
+        whole = distributed.full(p)
+        if distributed.rank() == 0:
             weights[name] = whole.cpu()
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-import parallel
+import distributed
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Config:
     """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, made here in under two minutes; or
     `tiny-long`, the test bed of the experiments."""
     data: str = ""
-    """Training problems: a file in the authors' form, JSON lines with question and answer, a hub id, or what else sources.py
+    """Training problems: a file in the authors' form, JSON lines with question and answer, a hub id, or what else curation/formats.py
     knows. `tiny` brings its own."""
     eval_data: tuple[str, ...] = ()
     """Held-out problems: files, or benchmarks by name (math500, aime2024 …, see evaluate.py); none: no evaluation."""
@@ -235,7 +235,7 @@ def check(cfg: Config) -> None:
     require(cfg.micro_tokens >= longest, "micro_tokens", why)
     if cfg.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError("--engine vllm: vLLM is not installed here; install it, or pass --engine transformers")
-    ranks = parallel.size()
+    ranks = distributed.size()
     for name in ("replicas", "tensor_parallel"):
         require(ranks % getattr(cfg, name) == 0, name, f"does not divide the {ranks} ranks; start with torchrun")
     if cfg.overwrite and cfg.resume:

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-import parallel
-from batch import MicroBatch, hidden_states
-from parallel import Sharding
+import distributed
+from distributed import Sharding
+from packing import MicroBatch, hidden_states
 
 
 class Critic(torch.nn.Module):
@@ -36,13 +36,13 @@ def load_critic(path: str, head: str = "authors", seed: int = 0, sharding: Shard
     Otherwise `head` says how to draw it, with d the hidden size:
 
     - "authors": N(0, 1/(d+1)²), what their code does; V starts near 0
-    - "paper":   U(−√5, √5) as §3.1 prints it; V starts far outside [0, 1], see LOG.md
+    - "paper":   U(−√5, √5) as §3.1 prints it; V starts far outside [0, 1], see docs/log.md
     - "zeros":   V starts at 0
     """
-    critic = Critic(parallel.load(AutoModelForSequenceClassification, path, num_labels=1).eval())
-    if parallel.rank() == 0:
+    critic = Critic(distributed.load(AutoModelForSequenceClassification, path, num_labels=1).eval())
+    if distributed.rank() == 0:
         _fill_head(critic.model.score.weight.data, path, head, seed)
-    parallel.shard(critic, sharding, critic.model.score)
+    distributed.shard(critic, sharding, critic.model.score)
     return critic
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-import sources
+from curation import formats
 
 # The wording the released models were trained with. The paper's Table 1 differs in a few words (TABLE_1 below); a model
 # released by the authors answers best to theirs. The response begins after "<think>": the opening tag is given, the
@@ -69,7 +69,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE) 
 
 
 def load(source: str | Path, name: str = "") -> list[Problem]:
-    """All problems of a file, a folder or a hub dataset, in any layout that sources.py knows; with a `name`, they are called
+    """All problems of a file, a folder or a hub dataset, in any layout that curation/formats.py knows; with a `name`, they are called
     name:1, name:2 … instead of file:row.
 
     Raises ValueError naming file, row (from 1) and field at the first row that has none of them or repeats another's `id`;
@@ -77,15 +77,15 @@ def load(source: str | Path, name: str = "") -> list[Problem]:
     """
     problems: list[Problem] = []
     places: dict[str, str] = {}
-    for place, item in sources.rows(source):
+    for place, item in formats.rows(source):
         try:
-            question, answer = sources.question_answer(item)
-            sources.refuse_twice(item, place, places)
+            question, answer = formats.question_answer(item)
+            formats.refuse_twice(item, place, places)
         except ValueError as wrong:
             file, _, row = place.rpartition(":")
             raise ValueError(f"{Path(source).parent / file}: row {row}: {wrong}") from None
         called = f"{name}:{len(problems) + 1}" if name else place
-        problems.append(Problem(called, question, answer, tests=sources.tests(item)))
+        problems.append(Problem(called, question, answer, tests=formats.tests(item)))
     if not problems:
         raise ValueError(f"{source}: holds no problems")
     return problems

@@ -33,18 +33,18 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 import data
-import inputs
-import parallel
+import distributed
+import preflight
 import rollout
-import sandbox
-import sources
 from config import hub_id
+from curation import formats
 from data import Problem
-from engine import Sampling, open_engine
-from grader import Grader
-from metrics import describe, mean, summary
+from grading import sandbox
+from grading.pool import Grader
+from hf_sampler import Sampling, open_engine
+from reports.metrics import describe, mean, summary
+from reward import score
 from rollout import Rollout, gathered
-from score import score
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Evaluation:
     """Hugging Face folders or hub ids, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`; one after the other."""
     benchmarks: tuple[str, ...] = ()
     """aime2024, aime2025, math500, gpqa_diamond, mmlu, mmlu_pro, livecodebench, fetched from the hub by their public ids; a
-    file of one's own (see `pydoc sources`); NAME=FILE takes a named set from a file."""
+    file of one's own (see `python -m pydoc curation.formats`); NAME=FILE takes a named set from a file."""
     responses: str = ""
     """Grade these recorded responses instead: rows with a response (response, pred), a gold answer (gold, answer), and, if
     they have them, problem, set, finish, tokens and a label to compare with (expected)."""
@@ -109,10 +109,10 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    parallel.start(cfg.timeout_minutes)
+    distributed.start(cfg.timeout_minutes)
     grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     width = None if sys.stdout.isatty() else 120  # a file has no width of its own
-    console = Console(highlight=False, soft_wrap=True, quiet=parallel.rank() > 0, width=width)
+    console = Console(highlight=False, soft_wrap=True, quiet=distributed.rank() > 0, width=width)
     try:
         with grader:
             if cfg.responses:
@@ -121,8 +121,8 @@ def main() -> None:
                 check(cfg)
                 benchmark(cfg, grader, console)
     except (ValueError, OSError) as wrong:
-        sys.exit(f"evaluate.py: {wrong}" if parallel.rank() == 0 else 1)
-    parallel.stop()
+        sys.exit(f"evaluate.py: {wrong}" if distributed.rank() == 0 else 1)
+    distributed.stop()
 
 
 def check(cfg: Evaluation) -> None:
@@ -132,13 +132,13 @@ def check(cfg: Evaluation) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     if not cfg.model or not cfg.benchmarks:
         raise ValueError("pass --model and --benchmarks, or --responses; --help explains them")
-    if len(cfg.model) > 1 and parallel.size() > 1:
+    if len(cfg.model) > 1 and distributed.size() > 1:
         raise ValueError("--model: under torchrun one model a call; results of calls with one --out share a table")
 
 
 def benchmark(cfg: Evaluation, grader: Grader, console: Console) -> None:
     """Every model on every benchmark; prints one table of all results under `out`."""
-    sets = parallel.once(lambda: {n: data.load(s, n) for n, s in sources.named(cfg.benchmarks).items()})
+    sets = distributed.once(lambda: {n: data.load(s, n) for n, s in formats.named(cfg.benchmarks).items()})
     if any(p.tests for problems in sets.values() for p in problems) and (why := sandbox.unavailable()):
         raise ValueError(f"programs cannot be run here: {why}")
     for model in cfg.model:
@@ -149,15 +149,15 @@ def benchmark(cfg: Evaluation, grader: Grader, console: Console) -> None:
 
 
 def _one_model(cfg: Evaluation, model: str, sets: dict[str, list[Problem]], grader: Grader, console: Console) -> None:
-    path = inputs.model_path(hub_id(model), cfg.seed)
-    inputs.check_length(cfg.prompt_tokens + cfg.response_tokens, inputs.model_config(path), path)
+    path = preflight.model_path(hub_id(model), cfg.seed)
+    preflight.check_length(cfg.prompt_tokens + cfg.response_tokens, preflight.model_config(path), path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     fitting = (tokenizer, cfg.prompt_tokens, data.TEMPLATES[cfg.template], cfg.drop_bad_rows)
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
     asked = {name: data.tokenize(problems, *fitting) for name, problems in chosen.items()}
     folder = Path(cfg.out) / "-".join(Path(model).parts[-2:])
-    parallel.once(lambda: _settle(folder, asdict(cfg) | {"model": path}, cfg.overwrite))
-    engine = open_engine(cfg, path, tokenizer, inputs.eos_ids(path, tokenizer))
+    distributed.once(lambda: _settle(folder, asdict(cfg) | {"model": path}, cfg.overwrite))
+    engine = open_engine(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
     sampling = Sampling(cfg.response_tokens, cfg.temperature, cfg.top_p)
 
     console.print(f"{model}: responses and results in {folder}")
@@ -167,7 +167,7 @@ def _one_model(cfg: Evaluation, model: str, sets: dict[str, list[Problem]], grad
             return rollout.sample(engine, tokenizer, piece, cfg.samples, sampling, stream, first)
 
         answered = _answered(cfg, folder / f"{name}.jsonl", problems, sample, grader, console)
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             left_out = len(chosen[name]) - len(problems)
             _record(folder / "results.json", name, summary(answered, grader.equal) | {"left_out": left_out})
     engine.close()
@@ -199,12 +199,12 @@ def _answered(
 ) -> list[Rollout]:  # fmt: skip
     """Responses to a whole benchmark, graded; those in `file` already are read from there. They are sampled some problems
     at a time, enough to keep the engine's rows busy, and each such piece is on the disk before the next is sampled."""
-    answered = parallel.once(lambda: _earlier(file, problems, cfg.samples))
+    answered = distributed.once(lambda: _earlier(file, problems, cfg.samples))
     done, total, began = len(answered), len(problems) * cfg.samples, time.perf_counter()
-    size = max(1, 4 * cfg.rows * parallel.size() // cfg.samples)
+    size = max(1, 4 * cfg.rows * distributed.size() // cfg.samples)
     columns = (TextColumn(f"{file.stem:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    writes = file if parallel.rank() == 0 else Path(os.devnull)
+    writes = file if distributed.rank() == 0 else Path(os.devnull)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress, writes.open("a") as out:
         bar = progress.add_task("", total=total, completed=done)
         for first in range(done // cfg.samples, len(problems), size):
@@ -268,7 +268,7 @@ def recorded(cfg: Evaluation, grader: Grader) -> Table:
     """Accuracy of recorded responses by set, beside that of their labels where they have any (`expected`, 0 or 1)."""
     groups: dict[str, list[Rollout]] = defaultdict(list)
     labels: dict[str, list[float]] = defaultdict(list)
-    for place, row in sources.rows(cfg.responses):
+    for place, row in formats.rows(cfg.responses):
         r = _recorded(place, row)
         name = " ".join(str(row[n]) for n in ("set", "fmt") if n in row) or Path(cfg.responses).stem
         for group in (name, "all"):

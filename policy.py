@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import parallel
-from batch import MicroBatch, hidden_states
-from parallel import Sharding
+import distributed
+from distributed import Sharding
+from packing import MicroBatch, hidden_states
 
 CHUNK = {"cpu": 2**19, "cuda": 2**27}  # logits alive at once: what a cache holds, and 883 tokens of Qwen's vocabulary;
 LEAST = 128  # but of so many tokens at least, since every chunk reads the whole head
@@ -93,6 +93,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
 def load_policy(path: str, sharding: Sharding = Sharding()) -> Policy:  # noqa: B008
     """The base model in float32 (master weights), over all ranks. Dropout stays off: PPO's ratio compares two passes over
     the same weights, and must be 1 when nothing changed."""
-    policy = Policy(parallel.load(AutoModelForCausalLM, path).eval())
-    parallel.shard(policy, sharding)
+    policy = Policy(distributed.load(AutoModelForCausalLM, path).eval())
+    distributed.shard(policy, sharding)
     return policy

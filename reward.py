@@ -1,54 +1,93 @@
-r"""The reward (§2.1.2): R = 1 if the final answer equals the gold answer, else 0. No format reward, no partial credit.
+"""One response, one reward (§2.1.2): compared with the gold answer, run against tests, or judged by a function of one's own.
 
-    response ──extract──▶ answer ──compare.py, in a worker of grader.py──▶ Math-Verify(gold, answer) ──▶ R ∈ {0, 1}
-
-The answer is the content of the last closed `<answer>…</answer>`:
-
-| content | answer | example |
-|---|---|---|
-| holds a `\boxed{…}` | what is in the last box, braces balanced | `so \boxed{\frac{1}{2}}` → `\frac{1}{2}` |
-| holds a box that never closes | none | `\boxed{5` → `` |
-| is prose: over 6 words, or one of `SENTENCE` among several | none | `The answer is 5.` → `` |
-| is bare | all of it | `x = 5`, `12 cm`, `(C)`, `\text{Evelyn}`, `no real solution` |
-
-Nothing outside the tags counts, boxed or not, and over 20,000 characters are no answer. `require_boxed=True` is the authors'
-code: no box, no answer.
+    text ─┬─ the problem has an answer ──▶ grader ──▶ Math-Verify, in a worker         ─┐
+          ├─ the problem has tests ──────▶ programs ▶ the program, in a sandbox         ─┼─▶ R, and 0 if truncated
+          └─ --reward module:function ───▶ your function of (response, problem)        ─┘
 """
 
-import re
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
 
-from compare import MAX_CHARS
+from data import Problem
+from grading import programs
+from grading.pool import Grader
+from reports.metrics import describe, mean
+from rollout import Rollout, gathered
 
-SENTENCE = re.compile(
-    r"\b(is|are|was|were|be|has|have|can|cannot|we|it|there|this|that|therefore|thus|hence|because|since|so)\b", re.I
-)
-MAX_WORDS = 6
-LONGEST = 20_000  # characters between the tags
+Reward = Callable[[str, Problem], float]
 
+def score(rollouts: list[Rollout], grader: Grader, reward: Reward | None = None) -> list[Rollout]:
+    """Set the reward of each rollout, in place: R = 1 if its answer is right and it stopped by itself, else 0 (§2.1.2).
+    A truncated response gets 0 whatever it holds. Returns them.
 
-def extract(response: str, require_boxed: bool = False) -> str:
-    """The final answer of a response, "" if it gives none (table above)."""
-    end = max(0, response.rfind("</answer>"))
-    start = response.rfind("<answer>", max(0, end - LONGEST), end)
-    content = response[start + 8 : response.find("</answer>", start)].strip() if start >= 0 else ""
-    if "\\boxed" in content:
-        return _last_box(content)
-    return "" if require_boxed or _is_prose(content) else content
-
-
-def _last_box(text: str) -> str:
-    inside = text.rpartition("\\boxed")[2].lstrip()[: 2 * MAX_CHARS]  # a longer answer could not be right
-    depth = 0
-    for mark in re.finditer(r"\\.|[{}]", inside, re.S):
-        depth += {"{": 1, "}": -1}.get(mark.group(), 0)
-        if depth == 0:
-            return inside[1 : mark.start()].strip() if inside[0] == "{" else ""
-    return ""
+    A problem with tests is a programming problem: its answer is a program, which is run in a sandbox. With a `reward` of
+    one's own (`--reward module:function`) R = reward(response, problem) for every response that stopped by itself.
+    """
+    if reward:
+        for r in rollouts:
+            r.reward = _finite(reward, r) if r.finish == "stop" else 0.0
+        return rollouts
+    compared = [r for r in rollouts if not r.problem.tests]
+    grades = grader.grade([r.text for r in compared], [r.problem.answer for r in compared])
+    for r, grade in zip(compared, grades, strict=True):
+        r.answer, r.timeout, r.reward = grade.answer, grade.timeout, grade.reward * (r.finish == "stop")
+    _run_programs([r for r in rollouts if r.problem.tests])
+    return rollouts
 
 
-def _is_prose(text: str) -> bool:
-    if len(text) > MAX_CHARS:
-        return True
-    plain = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
-    words = len(re.findall(r"[^\W\d_]{2,}", plain))
-    return words > MAX_WORDS or (len(plain.split()) > 1 and SENTENCE.search(plain) is not None)
+def _run_programs(rollouts: list[Rollout]) -> None:
+    if not rollouts:
+        return
+    for r in rollouts:
+        r.answer = programs.extract_program(r.text.rpartition("<answer>")[2].partition("</answer>")[0])
+    verdicts = programs.judge([r.answer for r in rollouts], [programs.decode_tests(r.problem.tests) for r in rollouts])
+    for r, verdict in zip(rollouts, verdicts, strict=True):
+        r.reward, r.timeout = float(verdict.passed and r.finish == "stop"), verdict.reason == "time limit"
+
+
+def _finite(reward: Reward, r: Rollout) -> float:
+    value = float(reward(r.text, r.problem))
+    if not math.isfinite(value):
+        name = f"{reward.__module__}:{reward.__name__}"
+        raise ValueError(f"--reward {name}: gave {value} for a response to {r.problem.source}")
+    return value
+
+
+def evaluate(
+    mine: list[Rollout], grader: Grader, reward: Reward | None = None
+) -> tuple[dict[str, float], list[Rollout]]:
+    """Score this rank's share of the responses to held-out problems, gather, and describe them; with several sets,
+    "reward" is the mean over all responses and "reward/<set>" each set's. Returns the metrics and all responses."""
+    rollouts = gathered(score(mine, grader, reward))
+    sets = by_set(rollouts)
+    each = {f"reward/{name}": mean([r.reward for r in part]) for name, part in sets.items()} if len(sets) > 1 else {}
+    return describe(rollouts) | each, rollouts
+
+
+def by_set(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
+    """The responses of each set, which is what stands before the colon of a problem's source."""
+    sets = defaultdict(list)
+    for r in rollouts:
+        sets[r.problem.source.rpartition(":")[0]].append(r)
+    return dict(sets)
+
+
+def own(name: str) -> Reward | None:
+    """The function that `--reward module:function` names, from the folder of the program or the current one; none for "".
+    Raises ValueError when there is no such function."""
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as wrong:
+        raise ValueError(f"--reward {name}: expected module:function of a module that can be imported ({wrong})") from None
+    if not callable(found):
+        raise ValueError(f"--reward {name}: is not a function")
+    return found

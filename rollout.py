@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import parallel
+import distributed
 from data import Problem
-from engine import Sampling, TransformersEngine, VllmEngine
+from hf_sampler import Sampling, TransformersEngine, VllmEngine
 
 
 @dataclass
@@ -49,11 +49,11 @@ def sample(
     matters, and a resumed run draws it again. `first` is the place of the first problem, where these are a part of more. Of
     the ranks that share an engine the first one answers.
     """
-    engines, number = parallel.size() // engine.ranks, parallel.rank() // engine.ranks
+    engines, number = distributed.size() // engine.ranks, distributed.rank() // engine.ranks
     share = [divmod(k, count) for k in range(number, len(problems) * count, engines)]
     streams = [_number(f"{seed}/{first + p}") for p in range(len(problems))]
     samples = engine.generate([problems[p].prompt_ids for p, _ in share], [streams[p] + i for p, i in share], sampling)
-    if parallel.rank() % engine.ranks:
+    if distributed.rank() % engine.ranks:
         return []
     texts = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=False)
     return [
@@ -68,7 +68,7 @@ def _number(name: str) -> int:
 
 def gathered(mine: list[Rollout]) -> list[Rollout]:
     """The responses of all ranks, problem by problem, on every rank."""
-    parts = [part for part in parallel.gather(mine) if part]
+    parts = [part for part in distributed.gather(mine) if part]
     return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
 
 
@@ -78,7 +78,7 @@ def sync(engine: VllmEngine | TransformersEngine, policy: torch.nn.Module) -> No
     the old head, without an error."""
     weights = dict(policy.model.named_parameters())
     weights["lm_head.weight"] = policy.model.get_output_embeddings().weight
-    engine.load_weights((name, parallel.full(weight, engine.dtype)) for name, weight in weights.items())
+    engine.load_weights((name, distributed.full(weight, engine.dtype)) for name, weight in weights.items())
 
 
 def transcript(r: Rollout) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 def write(path: Path, rollouts: Sequence[Rollout], ids: bool = True) -> None:
     """Rollouts as JSON lines; with `ids`, and log-probabilities, `read` makes the same rollouts of them again. Written
     beside and renamed, by whichever rank calls."""
-    beside = path.with_name(f"{path.name}.{parallel.rank()}.tmp")
+    beside = path.with_name(f"{path.name}.{distributed.rank()}.tmp")
     with beside.open("w") as file:
         for r in rollouts:
             exact = {"prompt_ids": r.problem.prompt_ids, "ids": r.ids, "logprobs": r.logprobs} if ids else {}

@@ -19,22 +19,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import checkpoint
 import data
-import parallel
-import plan
+import distributed
 import ppo
 import rollout
-from batch import micro_batches, mini_batches, over_tokens
 from checkpoint import Checkpoints, export
 from config import Config, parse
 from critic import Critic, load_critic
-from engine import Sampling, open_engine
 from gae import gae, grpo_advantages, last_token_rewards, normalise
-from inputs import Inputs, prepare
-from log import RunLog
-from metrics import describe, explained_variance, mean
+from hf_sampler import Sampling, open_engine
+from packing import micro_batches, mini_batches, over_tokens
 from policy import Policy, load_policy
+from preflight import Inputs, prepare
+from reports.log import RunLog
+from reports.metrics import describe, explained_variance, mean
+from reward import evaluate, score
 from rollout import Rollout
-from score import evaluate, score
+from tools import plan
 
 
 def train(cfg: Config, inputs: Inputs) -> Path:
@@ -46,7 +46,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
     trained = {"policy": (policy, policy_optimizer)} | ({"critic": (critic, critic_optimizer)} if critic else {})
     first = checkpoint.load(found, trained)
     sampling = Sampling(cfg.response_tokens, cfg.temperature, cfg.top_p)
-    on_device = partial(parallel.on_device, cfg.offload)
+    on_device = partial(distributed.on_device, cfg.offload)
 
     def sample(problems: Sequence[data.Problem], count: int, stream: str) -> list[Rollout]:
         return rollout.sample(engine, tokenizer, problems, count, sampling, f"{cfg.seed}/{stream}")
@@ -57,7 +57,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
     if engine:
         with on_device(policy):
             rollout.sync(engine, policy)
-            refuse_wrong_sampler(cfg, policy, rollout.gathered(sample(problems[: max(4, parallel.size())], 1, "check")))
+            refuse_wrong_sampler(cfg, policy, rollout.gathered(sample(problems[: max(4, distributed.size())], 1, "check")))
     log = RunLog(Path(cfg.runs) / cfg.name, cfg, found)
     with grader, log, Checkpoints(log.folder / "checkpoints", cfg, trained, first) as checkpoints:
         if heldout and not found:
@@ -99,7 +99,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
 
 def load_models(cfg: Config, path: str) -> tuple[Policy, Critic | None, Policy | None]:
     """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for KL."""
-    sharding = parallel.Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile)
+    sharding = distributed.Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile)
     policy = load_policy(path, sharding)
     critic = load_critic(cfg.init_critic or path, cfg.value_head, cfg.seed, sharding) if "critic" in cfg.roles else None
     fixed = sharding._replace(offload=False)
@@ -123,8 +123,8 @@ def save_models(
 def predict(cfg: Config, critic: Critic | None, rollouts: Sequence[Rollout]) -> Tensor:
     """V(s_t) of all response tokens before the critic's update, flat (N,); zeros where there is no critic."""
     if critic is None:
-        return torch.zeros(sum(len(r.ids) for r in rollouts), device=parallel.device())
-    return over_tokens(critic, rollouts, cfg.micro_tokens, parallel.device())
+        return torch.zeros(sum(len(r.ids) for r in rollouts), device=distributed.device())
+    return over_tokens(critic, rollouts, cfg.micro_tokens, distributed.device())
 
 
 def advantages(
@@ -164,7 +164,7 @@ def update_critic(
         losses.append(finite("value loss", total))
         norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_norm))
     return {
-        "value_loss": mean(parallel.total(torch.tensor(losses, dtype=torch.float64)).tolist()),
+        "value_loss": mean(distributed.total(torch.tensor(losses, dtype=torch.float64)).tolist()),
         "critic_grad_norm": mean(norms),
         "critic_lr": lr,
         "value_mean": float(values.mean()),
@@ -209,22 +209,22 @@ def update_policy(
             step * cfg.policy_steps + k, cfg.policy_lr, cfg.policy_warmup, cfg.anneal_steps, cfg.anneal_to
         )
         norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_norm))
-    totals = (parallel.total(sums) / sum(lengths)).tolist()
+    totals = (distributed.total(sums) / sum(lengths)).tolist()
     per_token = {name: total for name, total in zip(names, totals, strict=True) if name != "kl" or cfg.kl_loss}
-    return per_token | {"logp_gap_max": parallel.largest(float(gap_max)), "policy_grad_norm": mean(norms), "policy_lr": lr}
+    return per_token | {"logp_gap_max": distributed.largest(float(gap_max)), "policy_grad_norm": mean(norms), "policy_lr": lr}
 
 
 def logprobs(cfg: Config, model: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     """log π(a_t|s_t) of all response tokens, flat (N,), without gradient."""
-    return over_tokens(lambda micro: model(micro, cfg.temperature)[0], rollouts, cfg.micro_tokens, parallel.device())
+    return over_tokens(lambda micro: model(micro, cfg.temperature)[0], rollouts, cfg.micro_tokens, distributed.device())
 
 
 def refuse_wrong_sampler(cfg: Config, policy: Policy, rollouts: Sequence[Rollout]) -> None:
     """Raise RuntimeError when any engine's log-probabilities are not the trainer's: stale or wrong weights would train on
     another model's samples without any other sign."""
-    sampled = torch.tensor([p for r in rollouts for p in r.logprobs], device=parallel.device())
+    sampled = torch.tensor([p for r in rollouts for p in r.logprobs], device=distributed.device())
     gaps = (logprobs(cfg, policy, rollouts) - sampled).abs().split([len(r.ids) for r in rollouts])
-    engines = parallel.size() // cfg.tensor_parallel
+    engines = distributed.size() // cfg.tensor_parallel
     gap = max(float(torch.cat(gaps[e::engines]).mean()) for e in range(min(engines, len(gaps))))
     if not gap <= cfg.max_logp_gap:
         raise RuntimeError(
@@ -251,16 +251,16 @@ def main() -> None:
     if cfg.plan:
         print(plan.show(cfg))
         return
-    parallel.start(cfg.timeout_minutes)
+    distributed.start(cfg.timeout_minutes)
     try:
         inputs = prepare(cfg)
     except (ValueError, OSError) as wrong:  # on all ranks alike
-        sys.exit(f"train.py: {wrong}" if parallel.rank() == 0 else 1)
+        sys.exit(f"train.py: {wrong}" if distributed.rank() == 0 else 1)
     try:
         train(cfg, inputs)
     except (FloatingPointError, OSError) as wrong:  # perhaps on one rank alone
-        sys.exit(f"train.py: rank {parallel.rank()}: {wrong}" if parallel.size() > 1 else f"train.py: {wrong}")
-    parallel.stop()
+        sys.exit(f"train.py: rank {distributed.rank()}: {wrong}" if distributed.size() > 1 else f"train.py: {wrong}")
+    distributed.stop()
 
 
 if __name__ == "__main__":

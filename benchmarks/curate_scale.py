@@ -1,6 +1,6 @@
-"""How long curate.py takes for as many rows as the paper's set has, and how much memory.
+"""How long curation/curate.py takes for as many rows as the paper's set has, and how much memory.
 
-    ORZ_DATA=folder python benchmarks/curate_scale.py [rows]
+    ORZ_DATA=folder python -m benchmarks.curate_scale [rows]
 
 Makes `rows` (default 129,000) problems from those of `ORZ_DATA` (the authors' rows, MATH, GSM8K): after the first round each
 is used again with its numbers changed, as another problem with another gold; one in twenty is a copy instead, its sentences
@@ -19,9 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import curate
-import sources
+from curation import curate, formats
 
 FILES = ["orz_train/orz_math_57k_first2048_w_num_correct.json", "orz_train/orz_math_72k_first2725.json"]
 FILES += ["math/math_train_7474.json", "gsm8k/train.jsonl"]
@@ -31,9 +29,9 @@ def problems(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str,
     """`count` rows; `copy` marks the planted copies."""
     originals = []
     for file in FILES:
-        for _, item in sources.rows(folder / file):
+        for _, item in formats.rows(folder / file):
             try:
-                question, answer = sources.question_answer(item)
+                question, answer = formats.question_answer(item)
             except ValueError:
                 continue
             originals.append((re.sub(r"^\s*\d+\.\s", "", question), answer))  # a copy would move the problem's number

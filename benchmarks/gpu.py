@@ -1,7 +1,7 @@
-"""How fast one GPU trains, how much memory it takes beside plan.py's figure, and what the parts cost.
+"""How fast one GPU trains, how much memory it takes beside tools/plan.py's figure, and what the parts cost.
 
-    python benchmarks/gpu.py           one GPU, under eight minutes: Qwen2.5 0.5B, 1.5B and 7B with random weights
-    python benchmarks/gpu.py --toy     every measurement with a toy model, on a CPU too, to see that it works
+    python -m benchmarks.gpu           one GPU, under eight minutes: Qwen2.5 0.5B, 1.5B and 7B with random weights
+    python -m benchmarks.gpu --toy     every measurement with a toy model, on a CPU too, to see that it works
 
 Models are made as in training: float32 weights under FSDP2 that compute in bfloat16. A row holds ragged sequences of about
 1,000 tokens, 128 of them a prompt. A measurement that fails leaves its reason; those for which no time is left (`--budget`
@@ -22,8 +22,8 @@ seconds) are named below the table, which comes last. Progress goes to stderr.
 |---|---|
 | seconds | median of the repetitions after a warm-up |
 | step seconds | of the optimizer, clipping included: once per update, however many rows that has |
-| TFLOP/s | operations as plan.py counts them, without those that activation checkpointing repeats |
-| peak GB, plan GB | most memory allocated; what plan.py reckons for that model alone, without sampler and CUDA itself |
+| TFLOP/s | operations as tools/plan.py counts them, without those that activation checkpointing repeats |
+| peak GB, plan GB | most memory allocated; what tools/plan.py reckons for that model alone, without sampler and CUDA itself |
 | GB/s | of what is moved or written |
 | difference | attention: of outputs and gradients from the first way, largest; end to end: \\|Δ log p\\| of step 0, mean |
 """
@@ -48,28 +48,28 @@ from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
-import record
 import torch
-from record import Row
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
 
-import batch
 import checkpoint
-import log
-import parallel
-import plan
+import distributed
+import packing
 import policy
 import ppo
-import tiny
-from batch import MicroBatch
+from benchmarks import record
+from benchmarks.record import Row
 from config import TINY, Config
 from critic import Critic
 from data import Problem
-from parallel import Sharding
+from distributed import Sharding
+from packing import MicroBatch
 from policy import Policy
+from reports import log
 from rollout import Rollout
+from tools import plan
+from toy import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = time.perf_counter()
@@ -208,10 +208,10 @@ def opened(scale: Scale, name: str, role: str, sharding: Sharding) -> Trained:
     if (name, role, sharding) not in OPEN:
         let_go()
         auto = AutoModelForCausalLM if role == "policy" else AutoModelForSequenceClassification
-        with torch.device(parallel.device()):
+        with torch.device(distributed.device()):
             model = auto.from_config(config(scale, name), dtype=torch.float32, attn_implementation="packed").eval()
         module = Policy(model) if role == "policy" else Critic(model)
-        parallel.shard(module, sharding, getattr(model, "score", None))
+        distributed.shard(module, sharding, getattr(model, "score", None))
         OPEN[name, role, sharding] = module, ppo.adamw(list(module.parameters()))
     return OPEN[name, role, sharding]
 
@@ -232,7 +232,7 @@ def config(scale: Scale, name: str) -> Qwen2Config:
 
 
 def cfg_of(scale: Scale, folder: Path, name: str, micro: MicroBatch, sharding: Sharding) -> Config:
-    """The same as settings of a run, for plan.py."""
+    """The same as settings of a run, for tools/plan.py."""
     config(scale, name).save_pretrained(folder / name)
     known = {"micro_tokens": micro.input_ids.numel(), "activation_checkpointing": sharding.activation_checkpointing}
     return Config(model=str(folder / name), gpus=int(GPU), **known)
@@ -253,7 +253,7 @@ def packed(lengths: list[int], prompt: int, vocabulary: int) -> MicroBatch:
     problem = Problem("", "", "", tuple(rng.choices(range(vocabulary), k=prompt)))
     rollouts = [Rollout(problem, rng.choices(range(vocabulary), k=n), [0.0] * n, "stop", "") for n in lengths]
     tokens = sum(lengths) + prompt * len(lengths)
-    (row,) = batch.micro_batches(rollouts, range(len(rollouts)), tokens, parallel.device())
+    (row,) = packing.micro_batches(rollouts, range(len(rollouts)), tokens, distributed.device())
     return row
 
 
@@ -273,7 +273,7 @@ def rates(micro: MicroBatch, seconds: float, flops: float) -> Row:
 
 
 def reckoned(cfg: Config, role: str, step: bool) -> float:
-    """plan.py's GB of one model in its update; before the first step there are no moments."""
+    """tools/plan.py's GB of one model in its update; before the first step there are no moments."""
     states = ("weights", "gradients", *["moments"] * step)
     items = [*(f"{role} {state}" for state in states), *plan.update(cfg, role)]
     return sum(plan.memory(cfg)[role][item] for item in items) / 1e9
@@ -295,14 +295,14 @@ def passes(module: Policy | Critic, micro: MicroBatch, A: Tensor) -> None:
 
 
 def update(scale: Scale, folder: Path, name: str, role: str, tokens: int, sharding: Sharding) -> Row:
-    """The passes, and the optimizer's step. What by plan.py would fill the GPU is left out: the step, or all."""
+    """The passes, and the optimizer's step. What by tools/plan.py would fill the GPU is left out: the step, or all."""
     micro = row_of(scale, name, tokens)
     cfg = cfg_of(scale, folder, name, micro, sharding)
     whole, without = (reckoned(cfg, role, step) for step in (True, False))
     if without > memory():
-        return {"plan GB": without, "note": "too large by plan.py, even without the optimizer"}
+        return {"plan GB": without, "note": "too large by tools/plan.py, even without the optimizer"}
     module, optimizer = opened(scale, name, role, sharding)
-    A, parameters = torch.randn(len(micro.actions), device=parallel.device()), list(module.parameters())
+    A, parameters = torch.randn(len(micro.actions), device=distributed.device()), list(module.parameters())
     once, with_step = partial(passes, module, micro, A), whole <= memory()
     if not with_step:
         optimizer.state.clear()  # moments that shorter rows left
@@ -321,7 +321,7 @@ def update(scale: Scale, folder: Path, name: str, role: str, tokens: int, shardi
             gradients = [p.grad for p in parameters]  # a step clears them
             row |= {"step seconds": timed(step)} if with_step else {}
     optimizer.zero_grad(set_to_none=True)
-    row |= {"plan GB": whole} if with_step else {"plan GB": without, "note": f"no optimizer: {whole:.0f} GB by plan.py"}
+    row |= {"plan GB": whole} if with_step else {"plan GB": without, "note": f"no optimizer: {whole:.0f} GB by tools/plan.py"}
     return row | rates(micro, span, 3 * operations(plan.shape(cfg.model), micro, role))
 
 
@@ -341,7 +341,7 @@ def predict(scale: Scale, folder: Path, name: str, role: str, tokens: int) -> Ro
 
 
 def matrix_product(side: int) -> Row:
-    a, b = (torch.randn(side, side, device=parallel.device(), dtype=DTYPE) for _ in range(2))
+    a, b = (torch.randn(side, side, device=distributed.device(), dtype=DTYPE) for _ in range(2))
 
     def ten() -> None:
         for _ in range(10):
@@ -365,7 +365,7 @@ def ways() -> dict[str, Callable[[MicroBatch, float], Attention]]:
 def unfolded(micro: MicroBatch, scaling: float) -> Attention:
     """What training uses."""
     known = {"boundaries": micro.boundaries, "longest": micro.longest, "scaling": scaling}
-    return lambda q, k, v: batch.packed_attention(None, q, k, v, None, **known)[0]
+    return lambda q, k, v: packing.packed_attention(None, q, k, v, None, **known)[0]
 
 
 def masked(micro: MicroBatch, scaling: float) -> Attention:
@@ -419,7 +419,7 @@ def tokens_first(*tensors: Tensor) -> list[Tensor]:
 def attention(scale: Scale, name: str, tokens: int, way: str) -> Row:
     """One way, timed, and compared with the one that training uses."""
     micro, (hidden, _, heads, kv_heads, *_) = row_of(scale, name, tokens), scale.models[name]
-    size, how = hidden // heads, {"device": parallel.device(), "dtype": DTYPE}
+    size, how = hidden // heads, {"device": distributed.device(), "dtype": DTYPE}
     q, k, v = (torch.randn(1, tokens, n, size, **how).transpose(1, 2).requires_grad_() for n in (heads, kv_heads, kv_heads))
     g = torch.randn(1, tokens, heads, size, **how)
 
@@ -441,7 +441,7 @@ def head(scale: Scale, folder: Path, name: str, chunk: int) -> Row:
     name, count = name + HEAD, scale.head_tokens // scale.sequence
     shape = config(scale, name)
     micro = packed([scale.sequence] * count, 2, shape.vocab_size)
-    A = torch.randn(len(micro.actions), device=parallel.device())
+    A = torch.randn(len(micro.actions), device=distributed.device())
     module, _ = opened(scale, name, "policy", PLAIN)
     with mock.patch.dict(policy.CHUNK, {A.device.type: chunk}):
         passes(module, micro, A)
@@ -452,13 +452,13 @@ def head(scale: Scale, folder: Path, name: str, chunk: int) -> Row:
 
 
 def offload(scale: Scale, name: str) -> Row:
-    """`parallel.on_device`, as between the phases of a step with --offload."""
+    """`distributed.on_device`, as between the phases of a step with --offload."""
     module, optimizer = opened(scale, name, "policy", CHECKPOINTING)
     size = sum(t.numel() * t.element_size() for t in checkpoint.tensors({"policy": (module, optimizer)}).values()) / 1e9
     spans = []
     for _ in range(3):
         start = now()
-        with parallel.on_device(True, module, optimizer):
+        with distributed.on_device(True, module, optimizer):
             loaded = now()
         spans.append((loaded - start, now() - loaded))
     let_go()
@@ -528,18 +528,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of gpu.json")
     args = parser.parse_args()
     if not (GPU or args.toy):
-        sys.exit("gpu.py: there is no GPU; --toy runs every measurement with a toy model on a CPU")
+        sys.exit("benchmarks/gpu.py: there is no GPU; --toy runs every measurement with a toy model on a CPU")
     log.versions()  # part of the record; what is missing should show now, and not after all measurements
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.toy:
             base = partial(raw_base, folder)
         else:  # two minutes of a CPU, while the GPU is measured
-            base = partial(finished_base, subprocess.Popen([sys.executable, "tiny.py"], cwd=ROOT, stdout=sys.stderr))
-        parallel.start(timeout_minutes=10)
+            base = partial(finished_base, subprocess.Popen([sys.executable, "-m", "toy.tiny"], cwd=ROOT, stdout=sys.stderr))
+        distributed.start(timeout_minutes=10)
         rows, left_out = run(planned(TOY if args.toy else FULL, folder, base), args.budget)
     record.record("gpu", "Training on one GPU", *finished(rows, left_out), args.out)
-    parallel.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

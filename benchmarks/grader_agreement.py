@@ -1,6 +1,6 @@
 r"""How often the grader agrees with labelled answers, beside Math-Verify.
 
-    ORZ_DATA=folder python benchmarks/grader_agreement.py
+    ORZ_DATA=folder python -m benchmarks.grader_agreement
 
 `ORZ_DATA` holds `answer_tests/*.jsonl` (rows {gold, pred, expected, kind, pred_form, params}) and
 `responses/responses.jsonl` (rows {gold, pred, expected, set, fmt, pred_answer}). How a row reaches each grader:
@@ -25,11 +25,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
-from grader import Grader
+from grading.pool import Grader
 
 MATCH = {"latex": LatexExtractionConfig(), "expr": ExprExtractionConfig()}
 BOX = r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"

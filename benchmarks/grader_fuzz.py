@@ -1,6 +1,6 @@
 r"""The grader under fire: hostile answers must not stop it, crash it, or slow the ordinary ones down.
 
-    [ORZ_DATA=folder] python benchmarks/grader_fuzz.py [--hostile 10000] [--ordinary 10000] [--repeats 3]
+    [ORZ_DATA=folder] python -m benchmarks.grader_fuzz [--hostile 10000] [--ordinary 10000] [--repeats 3]
 
 Grades ordinary pairs alone, then the same shuffled among `hostile(count, seed)`, and again. Prints the rate of the ordinary
 ones in both, counted until the last of them has its verdict; how many verdicts of theirs changed (none may); the time of
@@ -24,7 +24,6 @@ import random
 import re
 import resource
 import statistics
-import sys
 import time
 import warnings
 from collections import deque
@@ -32,9 +31,8 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from grader import Grade, Grader, Pair
+from grading.pool import Grade, Grader, Pair
 
 SPLICES = "^{9^9} ! { } \\frac \x00 \\int ( \\sum_{k=1}^{99} ^ | \\begin{cases}".split()
 GOLDS = ["1/4", "7", "-\\frac{3}{5}", "2\\sqrt{3}", "(1, 2)", "[0, 1)", "x^2 + 1", "\\{1, 2, 3\\}", "12.5", "90^\\circ", "C"]

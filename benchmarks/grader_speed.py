@@ -1,8 +1,8 @@
 """How many real responses a second the grader grades, with one worker and with two.
 
-    ORZ_DATA=folder python benchmarks/grader_speed.py [--rounds 3]
+    ORZ_DATA=folder python -m benchmarks.grader_speed [--rounds 3]
 
-Rows and the form in which they are graded are those of grader_agreement.py. Every round starts each number of workers anew,
+Rows and the form in which they are graded are those of benchmarks/grader_agreement.py. Every round starts each number of workers anew,
 since a grader remembers what it has compared, and the clock starts when the workers have imported. Medians of the rounds.
 
 | column | meaning |
@@ -12,7 +12,7 @@ since a grader remembers what it has compared, and the clock starts when the wor
 | pairs/s | those / the same seconds |
 | pairs/s per core | those / seconds of processor of the workers |
 | workers' CPU | seconds of processor of all workers and their children |
-| caller's CPU | seconds of processor of the calling process: finding answers, and all that `compare.by_text` decides |
+| caller's CPU | seconds of processor of the calling process: finding answers, and all that `equivalence.by_text` decides |
 | timeouts | answers that missed the deadline |
 | right | share of responses with reward 1 |
 """
@@ -24,10 +24,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-import record
-from grader_agreement import rows
-
-from grader import Grader
+from benchmarks import record
+from benchmarks.grader_agreement import rows
+from grading.pool import Grader
 
 
 def processes(session: int) -> list[float]:

@@ -1,6 +1,6 @@
 """Log-probabilities of sampled tokens at a real vocabulary, forward and backward: time, memory and error on a CPU.
 
-    python benchmarks/logprob.py [--rounds 2]
+    python -m benchmarks.logprob [--rounds 2]
 
 `policy.TokenLogProbs` (which also gives the entropy) beside what one would write first (logits, float32, log_softmax,
 gather) and `torch.nn.functional.linear_cross_entropy` in chunks of 256 tokens. Every measurement is a process of its own
@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import record
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
+from benchmarks.record import record
 from policy import TokenLogProbs
 
 V = 151_936

@@ -1,9 +1,9 @@
 """Computed against needed tokens of a step of 128 × 64 responses, packed for 1, 8 and 64 ranks.
 
-    ORZ_DATA=folder python benchmarks/packing.py
+    ORZ_DATA=folder python -m benchmarks.packing
 
-Nothing is trained: `batch.mini_batches` and `batch.rows_of_ranks` deal and pack sequences of three distributions of response
-lengths, and `batch.packed_attention` is called on every row to see the shapes it attends with. Real lengths are those of the
+Nothing is trained: `packing.mini_batches` and `packing.rows_of_ranks` deal and pack sequences of three distributions of response
+lengths, and `packing.packed_attention` is called on every row to see the shapes it attends with. Real lengths are those of the
 responses in the paper's format of `ORZ_DATA`/responses in Qwen2's tokens, drawn 8,192 times with replacement; prompts have
 150 to 350 tokens. "policy" is one update with all sequences, "critic" the twelve mini-batches of the critic's.
 
@@ -30,13 +30,13 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import record
 import torch
 from transformers import AutoTokenizer
 
-import batch
-import plan
+import packing
+from benchmarks import record
 from config import Config
+from tools import plan
 
 MICRO_TOKENS = 16384  # the default of --micro-tokens
 SHAPE = plan.shape("Qwen2.5-7B")
@@ -69,8 +69,8 @@ def row_work(row: tuple[int, ...]) -> tuple[float, float, float]:
         shapes.append(query.shape)
         return query
 
-    with mock.patch.object(batch, "scaled_dot_product_attention", attend):
-        batch.packed_attention(torch.nn.Identity(), x, x, x, None, boundaries=boundaries, longest=max(row), scaling=1.0)
+    with mock.patch.object(packing, "scaled_dot_product_attention", attend):
+        packing.packed_attention(torch.nn.Identity(), x, x, x, None, boundaries=boundaries, longest=max(row), scaling=1.0)
     positions = sum(sequences * longest for sequences, _, longest, _ in shapes)
     return sum(row), positions, sum(sequences * longest**2 / 2 for sequences, _, longest, _ in shapes)
 
@@ -84,7 +84,7 @@ def packed(inputs: list[int], groups: list[list[int]], max_tokens: int, ranks: i
     """One update on sequences of these input tokens, `groups` its mini-batches."""
     works, with_sequences = [], 0  # works: of each group (ranks, rows, 3)
     for members in groups:
-        dealt = batch.rows_of_ranks({i: inputs[i] for i in members}, max_tokens, ranks)
+        dealt = packing.rows_of_ranks({i: inputs[i] for i in members}, max_tokens, ranks)
         filler = min(inputs[i] for i in members)  # what micro_batches puts into an empty row
         with_sequences += sum(bool(row) for own in dealt for row in own)
         rows = [[row_work(tuple(inputs[i] for i in row) or (filler,)) for row in own] for own in dealt]
@@ -127,7 +127,7 @@ def main() -> None:
         lengths_of.append(f"{name} mean {np.mean(lengths):,.0f}, median {np.median(lengths):,.0f}, most {max(lengths):,}")
         for ranks in (1, 8, 64):
             for update, steps in (("policy", cfg.policy_steps), ("critic", cfg.critic_steps)):
-                groups = batch.mini_batches(lengths, steps, "0/0")
+                groups = packing.mini_batches(lengths, steps, "0/0")
                 labels = {"lengths": name, "ranks": ranks, "update": update}
                 table.append(labels | packed(inputs, groups, MICRO_TOKENS, ranks))
     linear, tokens = (max(row[column] for row in table) for column in ("linear", "imbalance, tokens"))

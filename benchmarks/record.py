@@ -1,6 +1,6 @@
 """What a benchmark leaves: a table on the screen, and results/<name>.json with the command, machine, versions and revision.
 
-    python benchmarks/record.py      RESULTS.md anew, from all of results/
+    python -m benchmarks.record      RESULTS.md anew, from all of results/
 """
 
 import json
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import log
+from reports import log
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -86,7 +85,7 @@ def _cell(value: str | float | int | None) -> str:
 def results() -> str:
     """All of RESULTS.md."""
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    head = "# What was measured\n\nTables as their commands printed them, put together by `python benchmarks/record.py`.\n"
+    head = "# What was measured\n\nTables as their commands printed them, put together by `python -m benchmarks.record`.\n"
     return "\n".join([head, *map(markdown, found)])
 
 

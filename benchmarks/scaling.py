@@ -1,6 +1,6 @@
 """Seconds of a training step as response length, batch and vocabulary double, and on one process or two ranks.
 
-    python benchmarks/scaling.py [--rounds 3]
+    python -m benchmarks.scaling [--rounds 3]
 
 A random Qwen2 with an untied head; responses of random tokens, all equally long, under a prompt of 16. A step is what
 train.py does with them: values and advantages, the critic's mini-batches, the policy's step. One thread, except for the
@@ -9,11 +9,11 @@ settings; medians of the rounds.
 
 | column | meaning |
 |---|---|
-| sample s | drawing as many tokens with `engine.TransformersEngine`, which no token ends; not in the sum |
+| sample s | drawing as many tokens with `hf_sampler.TransformersEngine`, which no token ends; not in the sum |
 | values s, critic s, policy s, sum s | phases of the update |
 | ratio | the sum / that of the row above |
-| attention FLOPs | attention's share of the update's operations, as plan.py counts them |
-| attention s | `batch.packed_attention` alone on the same rows, forward and, for critic and policy, backward |
+| attention FLOPs | attention's share of the update's operations, as tools/plan.py counts them |
+| attention s | `packing.packed_attention` alone on the same rows, forward and, for critic and policy, backward |
 | other ratio | the sum less attention s / that of the row above |
 """
 
@@ -31,23 +31,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import record
 import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import parallel
-import plan
+import distributed
 import ppo
-import tiny
 import train
-from batch import micro_batches, mini_batches, packed_attention
+from benchmarks import record
 from config import Config
 from critic import load_critic
 from data import Problem
-from engine import Sampling, TransformersEngine
+from hf_sampler import Sampling, TransformersEngine
+from packing import micro_batches, mini_batches, packed_attention
 from policy import load_policy
 from rollout import Rollout
+from tools import plan
+from toy import tiny
 
 PROMPT = 16
 CFG = Config(micro_tokens=4 * (1024 + PROMPT))
@@ -100,12 +100,12 @@ def stepper(path: str) -> Callable[[Setting], Seconds]:
 
     def step(setting: Setting) -> Seconds:
         rollouts, seconds = responses(setting), {}
-        prompts = [r.problem.prompt_ids for r in rollouts][parallel.rank() :: parallel.size()]
+        prompts = [r.problem.prompt_ids for r in rollouts][distributed.rank() :: distributed.size()]
 
         def timed(phase: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
             result = work()
-            parallel.gather(None)  # until the last rank has done its part
+            distributed.gather(None)  # until the last rank has done its part
             seconds[phase] = time.perf_counter() - start
             return result
 
@@ -210,13 +210,13 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.step:
-        parallel.start(5)
+        distributed.start(5)
         step = stepper(args.step)
         step(Setting())  # warm
         seconds = step(ON_RANKS)
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             args.out.write_text(json.dumps(seconds))
-        parallel.stop()
+        distributed.stop()
         return
     table = tables(args.rounds)
     base, seven = Setting(), plan.shape("Qwen2.5-7B")

@@ -1,6 +1,6 @@
 """What a step costs beside the passes it cannot do without.
 
-    python benchmarks/step_overhead.py [--steps 40] [flags of train.py]
+    python -m benchmarks.step_overhead [--steps 40] [flags of train.py]
 
 Trains for some steps and, after each, does the bare passes of that step on the same tensors, with copies of the same models,
 in the same process: the engine decoding the same prompts with the same seeds, and nothing else; values forward; critic
@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from record import record
 
 import config
 import data
-import inputs
 import ppo
+import preflight
 import rollout
 import train
-from batch import micro_batches, mini_batches
+from benchmarks.record import record
+from packing import micro_batches, mini_batches
 from rollout import Rollout
 
 SKIP = 3  # first steps
@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         flags = ["--steps", "40", "--runs", runs, "--checkpoint-every", "0", *sys.argv[1:]]
         cfg = config.parse(flags)
-        prepared = inputs.prepare(cfg)
+        prepared = preflight.prepare(cfg)
         bare = Bare(cfg, prepared.problems)
         phases = watch(bare)
         train.train(cfg, prepared)

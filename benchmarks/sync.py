@@ -1,6 +1,6 @@
 """From an optimizer step to a sampler with the new weights: seconds, bytes, and whether it really uses them.
 
-    python benchmarks/sync.py [--sizes 1M 10M 100M 10M-untied] [--engines transformers vllm]
+    python -m benchmarks.sync [--sizes 1M 10M 100M 10M-untied] [--engines transformers vllm]
 
 Random Qwen2 models in float32, vLLM each in a process of its own: two engines in one interfere. Five times: responses are
 sampled, the policy takes a step on them (`train.update_policy`, at a learning rate that no stale sampler could hide), and
@@ -26,7 +26,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import record
 import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -34,12 +33,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import data
 import ppo
 import rollout
-import tiny
 import train
+from benchmarks import record
 from config import Config
 from data import Problem
-from engine import Sampling, TransformersEngine, VllmEngine
+from hf_sampler import Sampling, TransformersEngine, VllmEngine
 from policy import Policy, load_policy
+from toy import tiny
 
 SIZES = {  # vocabulary, hidden size, layers, key-value heads; heads of 32, the narrowest that vLLM has on a CPU
     "1M": (1024, 128, 4, 2),

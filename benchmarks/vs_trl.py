@@ -1,6 +1,6 @@
 """This program beside TRL: its critic PPO (1.12.0, the last release that has it) and its GRPO (1.16.0), on a CPU.
 
-    python benchmarks/vs_trl.py [--lengths 8 64 256] [--episodes N] [--rounds 2]
+    python -m benchmarks.vs_trl [--lengths 8 64 256] [--episodes N] [--rounds 2]
 
 All train the same Qwen2 of 0.1M random weights on the same 256 prompts of 8 to 24 tokens, for the same reward (1 if more
 than half of a response's ids are odd), with as many episodes, 32 an optimizer step, at the same learning rate; T = 1,
@@ -89,12 +89,11 @@ def gigabytes(pid: int | str, file: str, field: str) -> float:
 
 def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
     """This program; `cfg.program` says with a critic or without. → what had been used before its loop and after."""
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     import data
-    import inputs
+    import preflight
     import train
     from config import Config
-    from log import RunLog
+    from reports.log import RunLog
     from rollout import Rollout
 
     marks = []
@@ -118,13 +117,13 @@ def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
     data.TEMPLATES["authors"] = "{question}"  # TRL adds nothing to a prompt
     prompts, samples = (BATCH // GROUP, GROUP) if cfg.program == "ours-grpo" else (BATCH, 1)
     settings = Config(
-        model=str(folder), data=str(folder / "prompts.jsonl"), reward="vs_trl:reward", runs=str(folder / "runs"),
+        model=str(folder), data=str(folder / "prompts.jsonl"), reward="benchmarks.vs_trl:reward", runs=str(folder / "runs"),
         name=f"{cfg.program}-{cfg.length}-{cfg.seed}", seed=cfg.seed, engine="transformers",
         advantage="grpo" if cfg.program == "ours-grpo" else "gae", steps=cfg.episodes // BATCH, prompts=prompts,
         samples=samples, prompt_tokens=32, response_tokens=cfg.length, critic_steps=1, policy_lr=RATE, critic_lr=RATE,
         policy_warmup=0, critic_warmup=0, checkpoint_every=0, grader_workers=1,
     )  # fmt: skip
-    prepared = inputs.prepare(settings)
+    prepared = preflight.prepare(settings)
     assert [list(p.prompt_ids) for p in prepared.problems] == [p["ids"] for p in saved_prompts(folder)]
     train.train(settings, prepared)
     return marks[0], marks[1]
@@ -334,7 +333,7 @@ def main() -> None:
         parser.error(f"--episodes {args.episodes}: must be a multiple of {BATCH}")
     if args.program:
         return work(args)
-    from record import record
+    from benchmarks.record import record
 
     for program in PEERS:
         python(program)

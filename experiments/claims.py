@@ -1,4 +1,4 @@
-"""The paper's claims, the arms that test them, and the rule that decides. Written before the runs; LOG.md has the dates.
+"""The paper's claims, the arms that test them, and the rule that decides. Written before the runs; docs/log.md has the dates.
 
 An arm is a run of train.py on the test bed (`--model tiny-long`) with one thing changed, once for each of SEEDS. A seed
 changes the base model, its problems and every draw of a run; the runs of two arms with the same seed are a pair.
@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 0.05
 SWEEP_SEED, RATES = 5, ("2.5e-4", "5e-4", "1e-3")  # of the policy: every arm takes its best on this seed
 
-# Flags of train.py beyond --model tiny-long. Where there are none, run.py prepares or changes what the name says.
+# Flags of train.py beyond --model tiny-long. Where there are none, experiments/run.py prepares or changes what the name says.
 ARMS = {
     "default": "",
     "lam-0.95": "--lam 0.95",
@@ -41,7 +41,7 @@ ARMS = {
     "T-1.2": "--temperature 1.2",
     "T-0.6-top-p-0.95": "--temperature 0.6 --top-p 0.95",
     "grpo": "--advantage grpo",
-    "format-reward": "--reward format_reward:answer_and_format",
+    "format-reward": "--reward experiments.format_reward:answer_and_format",
     "head-paper": "--value-head paper",
     "head-zeros": "--value-head zeros",
     "value-clip": "--value-clip 0.2",

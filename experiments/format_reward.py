@@ -1,8 +1,8 @@
 """The arm that pays for the format, too: 1 for the right answer and 0.1 for following the format (§2.2 says: not needed)."""
 
 from data import Problem
-from metrics import follows_format
-from reward import extract
+from grading.extract import extract
+from reports.metrics import follows_format
 
 BONUS = 0.1
 

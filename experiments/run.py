@@ -1,7 +1,7 @@
 """Run the arms of the paper's claims, two at a time, and keep their results.
 
-    python experiments/run.py lambda gamma        the arms of two claims; claims.py has the names
-    python experiments/run.py all                 everything
+    python -m experiments.run lambda gamma        the arms of two claims; experiments/claims.py has the names
+    python -m experiments.run all                 everything
 
 What has a result is not run again, and what was interrupted begins anew, so the same command goes on where it was stopped.
 Every arm first takes the best of the same three learning rates, in runs of half the length on a seed used for nothing else,
@@ -33,21 +33,19 @@ import transformers
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from claims import ARMS, CLAIMS, RATES, SEEDS, SWEEP_SEED  # noqa: E402
-
-import data  # noqa: E402
-import log  # noqa: E402
-import ppo  # noqa: E402
-import rollout  # noqa: E402
-import tiny  # noqa: E402
-import train  # noqa: E402
-from batch import MicroBatch, over_tokens  # noqa: E402
-from config import Config, parse  # noqa: E402
-from critic import load_critic  # noqa: E402
-from inputs import prepare  # noqa: E402
-from rollout import Rollout  # noqa: E402
+import data
+import ppo
+import rollout
+import train
+from config import Config, parse
+from critic import load_critic
+from experiments.claims import ARMS, CLAIMS, RATES, SEEDS, SWEEP_SEED
+from packing import MicroBatch, over_tokens
+from preflight import prepare
+from reports import log
+from rollout import Rollout
+from toy import tiny
 
 MODEL, RUNS, RESULTS = "tiny-long", Path("runs/experiments"), HERE / "results"
 FIRST = {"anneal": "default", "anneal-hard": "default"}  # arms that begin where another ended
@@ -152,7 +150,7 @@ def annealing(hard: bool, cfg: Config) -> dict[str, Any]:
         )
         (responses,) = answers.rglob("pool.jsonl")
         keep = "--no-choice --no-proof --no-language --no-gold --no-exact --no-ngram"
-        command(f"curate.py {pool} --rollouts {responses} --hard 2 --hard-of 4 {keep} --out {mined}")
+        command(f"-m curation.curate {pool} --rollouts {responses} --hard 2 --hard-of 4 {keep} --out {mined}")
     return {
         "model": str(before / "policy"), "init_critic": str(before / "critic"), "data": str(mined if hard else pool),
         "eval_data": (str(base / "heldout.json"),), "eval_samples": 4, "steps": 10, "policy_warmup": 1, "critic_warmup": 1,
@@ -162,8 +160,7 @@ def annealing(hard: bool, cfg: Config) -> dict[str, Any]:
 
 def command(arguments: str) -> None:
     """A program of this project, as a user would call it."""
-    program, *rest = arguments.split()
-    subprocess.run([sys.executable, str(HERE.parent / program), *rest], check=True, stdout=sys.stdout, stderr=sys.stderr)
+    subprocess.run([sys.executable, *arguments.split()], cwd=HERE.parent, check=True, stdout=sys.stdout, stderr=sys.stderr)
 
 
 PREPARATIONS: dict[str, Callable[[Config], dict[str, Any]]] = {

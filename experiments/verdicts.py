@@ -1,26 +1,23 @@
-"""Results → verdicts, by the rule of claims.py: RESULTS.md, the figures, and what README.md and PAPER.md say of each claim.
+"""Results → verdicts, by the rule of experiments/claims.py: RESULTS.md, the figures, and what README.md and docs/paper.md say of each claim.
 
-python experiments/verdicts.py
+python -m experiments.verdicts
 """
 
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from claims import ARMS, CLAIMS, MARGIN, SEEDS, Claim, Comparison  # noqa: E402
-
-import report  # noqa: E402
+from experiments.claims import ARMS, CLAIMS, MARGIN, SEEDS, Claim, Comparison
+from reports import figures
 
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
-README, PAPER = HERE.parent / "README.md", HERE.parent / "PAPER.md"
+README, PAPER = HERE.parent / "README.md", HERE.parent / "docs" / "paper.md"
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % quantiles of t
 REPRODUCES, DOES_NOT, NOT_VISIBLE = "reproduces", "does not", "not visible at this scale"
 
@@ -60,7 +57,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def verdict(comparison: Comparison, low: float, high: float) -> str:
-    """The rule, see claims.py.
+    """The rule, see experiments/claims.py.
 
     >>> verdict(Comparison("a", "b"), 0.01, 0.2), verdict(Comparison("a", "b", paper="alike"), 0.01, 0.2)
     ('reproduces', 'not visible at this scale')
@@ -107,7 +104,7 @@ def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 
 
 # ── tables, figures, and the pages that speak of them ────────────────────────────────────────────────────────────────
 
-RULE = "The rule stands in claims.py and is older than the runs; differences are paired over seeds, with 95 % t-intervals."
+RULE = "The rule stands in experiments/claims.py and is older than the runs; differences are paired over seeds, with 95 % t-intervals."
 REWARD, LENGTH = ("reward", "reward"), ("length", "response length [tokens]")
 EXPLAINED = ("explained_variance", "explained variance of V")
 PANELS = {
@@ -158,10 +155,10 @@ def minutes(claim: Claim, results: dict[str, dict]) -> int:
 
 
 def one_line(name: str, results: dict[str, dict]) -> str:
-    """What PAPER.md says of a claim: the verdict, and the numbers of its primary comparisons."""
+    """What docs/paper.md says of a claim: the verdict, and the numbers of its primary comparisons."""
     decided = decisions(CLAIMS[name], results)
     primary = "; ".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
-    links = f"[figure](experiments/figures/{name}.png), `python experiments/run.py {name}`"
+    links = f"[figure](experiments/figures/{name}.png), `python -m experiments.run {name}`"
     return f"**{of_claim(decided)}**: {primary} ({links})"
 
 
@@ -179,11 +176,11 @@ def claims_table(results: dict[str, dict]) -> str:
     ]
     for name, claim in CLAIMS.items():
         if not finished(claim, results):
-            lines.append(f"| {claim.text} | {claim.place} | `python experiments/run.py {name}` | not run | | |")
+            lines.append(f"| {claim.text} | {claim.place} | `python -m experiments.run {name}` | not run | | |")
             continue
         decided = decisions(claim, results)
         primary = "<br>".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
-        figure = f"[`python experiments/run.py {name}`](experiments/figures/{name}.png)"
+        figure = f"[`python -m experiments.run {name}`](experiments/figures/{name}.png)"
         lines.append(
             f"| {claim.text} | {claim.place} | {figure} | {of_claim(decided)} | {primary} | {minutes(claim, results)} |"
         )
@@ -216,14 +213,14 @@ def draw(results: dict[str, dict]) -> None:
             arms = {label(arm): list(results[arm]["runs"].values()) for arm in done}
             curves = {label: [records(run) for run in runs] for label, runs in arms.items()}
             ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()} if len(arms) > 1 else None
-            report.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
+            figures.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
             compared = [d for d in decisions(claim, results) if d.comparison.metric == "accuracy"]
             rows += [
                 (title(d.comparison).partition(", ")[2], *(round(x, 3) for x in d[1:4])) for d in compared if name != "rise"
             ]
     if rows:
         what = "difference in held-out accuracy: mean and 95 % interval over seeds"
-        report.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
+        figures.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
 
 
 def label(arm: str) -> str:
@@ -240,13 +237,13 @@ def records(run: dict) -> list[dict[str, float]]:
 
 
 def evaluations(run: dict) -> list[dict[str, float]]:
-    """The held-out accuracy before and after, as report.py's evaluations."""
+    """The held-out accuracy before and after, as reports/figures.py's evaluations."""
     last = len(run["curves"]["reward"])
     return [{"step": step, "reward": run[when]["accuracy"]} for step, when in ((0, "before"), (last, "after"))]
 
 
 def write_pages(results: dict[str, dict]) -> None:
-    """RESULTS.md, the table in README.md and the verdicts in PAPER.md."""
+    """RESULTS.md, the table in README.md and the verdicts in docs/paper.md."""
     (HERE / "RESULTS.md").write_text(results_page(results))
     for page, filled in ((README, filled_readme), (PAPER, filled_paper)):
         page.write_text(filled(page.read_text(), results))
@@ -257,7 +254,7 @@ def results_page(results: dict[str, dict]) -> str:
     lines = [
         "# The paper in miniature",
         "",
-        f"Made by `python experiments/verdicts.py` from {len(results)} arms. {RULE}",
+        f"Made by `python -m experiments.verdicts` from {len(results)} arms. {RULE}",
         "",
     ]
     for name, claim in CLAIMS.items():
@@ -265,7 +262,7 @@ def results_page(results: dict[str, dict]) -> str:
             continue
         decided = decisions(claim, results)
         lines += [f"## {claim.text} ({claim.place}): {of_claim(decided)}", ""]
-        lines += [f"`python experiments/run.py {name}`, {minutes(claim, results)} core minutes", ""]
+        lines += [f"`python -m experiments.run {name}`, {minutes(claim, results)} core minutes", ""]
         lines += ["| comparison | mean difference [95 %] | verdict |", "|---|---|---|"]
         for d in decided:
             primary = "" if d.comparison.primary else " (not primary)"
@@ -286,7 +283,7 @@ def filled_readme(text: str, results: dict[str, dict]) -> str:
 
 
 def filled_paper(text: str, results: dict[str, dict]) -> str:
-    """PAPER.md with each claim's verdict between its markers."""
+    """docs/paper.md with each claim's verdict between its markers."""
 
     def filled(m: re.Match) -> str:
         done = finished(CLAIMS[m[2]], results)

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 import data
-import tiny
 from data import Problem
 from rollout import Rollout
+from toy import tiny
 
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the command lines that tests start

@@ -11,16 +11,16 @@ from conftest import random_rollouts, sums
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import parallel
+import distributed
 import ppo
 import rollout
-import tiny
 import train
 from config import Config
 from critic import load_critic
-from engine import Sampling, VllmEngine
-from parallel import Sharding
+from distributed import Sharding
+from hf_sampler import Sampling, VllmEngine
 from policy import Policy, load_policy
+from toy import tiny
 
 LENGTHS = [5, 1, 9, 3, 7, 2, 12, 4, 40, 1, 1, 6, 8]
 
@@ -36,7 +36,7 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
     def noted(optimizer: torch.optim.AdamW, lr: float, max_norm: float) -> float:
         for p, name in names.items():
             if p.grad is not None:
-                left[f"gradient {len(left)} {name}"] = parallel.full(p.grad).clone()
+                left[f"gradient {len(left)} {name}"] = distributed.full(p.grad).clone()
         return real(optimizer, lr, max_norm)
 
     names = {p: f"{m} {name}" for m, model in enumerate((policy, critic)) for name, p in model.named_parameters()}
@@ -47,14 +47,14 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
             r.reward = float(i % 3 == 0)
         values = train.predict(cfg, critic, rollouts)
         A, targets = train.advantages(cfg, policy, None, rollouts, values)
-        with parallel.on_device(cfg.offload, critic, optimizers[1]):
+        with distributed.on_device(cfg.offload, critic, optimizers[1]):
             stats |= train.update_critic(cfg, critic, optimizers[1], rollouts, values, targets, step)
-        with parallel.on_device(cfg.offload, policy, optimizers[0]):
+        with distributed.on_device(cfg.offload, policy, optimizers[0]):
             stats |= train.update_policy(cfg, policy, None, optimizers[0], rollouts, train.normalise(A), step)
         left[f"values {step}"] = values
     ppo.optimizer_step = real
-    left |= {f"weight {name}": parallel.full(p) for p, name in names.items()}
-    if parallel.rank() == 0:
+    left |= {f"weight {name}": distributed.full(p) for p, name in names.items()}
+    if distributed.rank() == 0:
         save_file({name: t.contiguous() for name, t in left.items()}, out / "tensors.safetensors")
         (out / "stats.json").write_text(json.dumps(stats))
 
@@ -74,15 +74,15 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
 
     def sampled(stream: str) -> list[rollout.Rollout]:
         mine = rollout.sample(engine, tokenizer, sums()[:7], 3, sampling, stream)
-        seen.setdefault("shares", parallel.gather(len(mine)))
+        seen.setdefault("shares", distributed.gather(len(mine)))
         return rollout.gathered(mine)
 
     def refused(rollouts: list[rollout.Rollout]) -> list[bool]:
         try:
             train.refuse_wrong_sampler(cfg, policy, rollouts)
         except RuntimeError:
-            return parallel.gather(True)
-        return parallel.gather(False)
+            return distributed.gather(True)
+        return distributed.gather(False)
 
     def update(rollouts: list[rollout.Rollout], step: int) -> float:
         A = torch.cat([torch.full((len(r.ids),), len(r.ids) % 2 - 0.5) for r in rollouts])
@@ -91,7 +91,7 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
     optimizer = ppo.adamw(list(policy.parameters()))
     rollout.sync(engine, policy)
     first = sampled("0/0")
-    same = parallel.gather([r.ids for r in first])
+    same = distributed.gather([r.ids for r in first])
     seen |= {"before": gap(policy, first), "refused in step": refused(first), "ids": same[0]}
     seen |= {"all ranks hold the same": all(ids == same[0] for ids in same), "logp_gap in step": update(first, 0)}
     stale = sampled("0/1")
@@ -99,34 +99,34 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
     rollout.sync(engine, policy)
     after = sampled("0/2")
     seen |= {"after": gap(policy, after), "refused after": refused(after)}
-    if parallel.rank() == parallel.size() - 1 and cfg.tensor_parallel == 1:  # one engine goes astray
+    if distributed.rank() == distributed.size() - 1 and cfg.tensor_parallel == 1:  # one engine goes astray
         wrong = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
         engine.load_weights((name, 1.1 * weight) for name, weight in wrong.items())
     seen["refused one astray"] = refused(sampled("0/3"))
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         (out / "seen.json").write_text(json.dumps(seen))
     engine.close()
 
 
 def together(out: Path, model: Path, cfg: Config) -> None:
     """The last rank is late, as one that still grades; then rank 0 alone finds something wrong."""
-    if parallel.rank() == parallel.size() - 1:
+    if distributed.rank() == distributed.size() - 1:
         time.sleep(4)
-    ranks = parallel.gather(parallel.rank())
+    ranks = distributed.gather(distributed.rank())
 
     def wrong() -> None:
         raise ValueError("row 7 is bad")
 
     try:
-        parallel.once(wrong)
+        distributed.once(wrong)
     except ValueError as seen:
-        (out / f"stopped-{parallel.rank()}").write_text(f"{ranks} {seen}")
+        (out / f"stopped-{distributed.rank()}").write_text(f"{ranks} {seen}")
 
 
 if __name__ == "__main__":
     job, out, model, settings = sys.argv[1:]
     cfg = Config(**json.loads(settings))
     torch.set_num_threads(1)
-    parallel.start(cfg.timeout_minutes)
+    distributed.start(cfg.timeout_minutes)
     globals()[job](Path(out), Path(model), cfg)
-    parallel.stop()
+    distributed.stop()

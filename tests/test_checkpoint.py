@@ -22,14 +22,14 @@ import checkpoint
 import data
 import ppo
 import train
-from batch import over_tokens
 from checkpoint import Checkpoints, by_step, find, tensors
 from config import Config, parse
 from critic import Critic, load_critic
 from data import Problem
-from engine import Sampling, VllmEngine
-from inputs import prepare
+from hf_sampler import Sampling, VllmEngine
+from packing import over_tokens
 from policy import load_policy
+from preflight import prepare
 from rollout import Rollout, read, sample, write
 
 STEPS = 4

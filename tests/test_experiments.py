@@ -1,21 +1,16 @@
 """The experiments: the rule decides as it is written, the pages say what the results say, and every arm can be run."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "experiments"))
 
-import claims  # noqa: E402
-import run  # noqa: E402
-import verdicts  # noqa: E402
-from claims import ARMS, CLAIMS, Comparison  # noqa: E402
-
-from config import check, parse  # noqa: E402
-from data import Problem  # noqa: E402
+from config import check, parse
+from data import Problem
+from experiments import claims, run, verdicts
+from experiments.claims import ARMS, CLAIMS, Comparison
 
 
 def results(first: list[float], second: list[float], metric: str = "accuracy") -> dict[str, dict]:
@@ -93,7 +88,7 @@ def test_packs_weigh_alike() -> None:
 
 
 def test_the_format_reward_pays_a_tenth_for_the_format() -> None:
-    from format_reward import answer_and_format
+    from experiments.format_reward import answer_and_format
 
     problem = Problem("t:0", "2+3=?", "5", ())
     right, wrong = (f" so </think> <answer> \\boxed{{{n}}} </answer>" for n in (5, 6))
@@ -115,8 +110,8 @@ def test_what_is_stored_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_pages_say_what_the_results_say() -> None:
-    """RESULTS.md, README.md and PAPER.md are what verdicts.py would write now."""
+    """RESULTS.md, README.md and docs/paper.md are what experiments/verdicts.py would write now."""
     found = verdicts.load()
     assert (ROOT / "experiments" / "RESULTS.md").read_text() == verdicts.results_page(found)
     for page, filled in ((verdicts.README, verdicts.filled_readme), (verdicts.PAPER, verdicts.filled_paper)):
-        assert filled(page.read_text(), found) == page.read_text(), f"python experiments/verdicts.py rewrites {page.name}"
+        assert filled(page.read_text(), found) == page.read_text(), f"python -m experiments.verdicts rewrites {page.name}"

@@ -1,7 +1,6 @@
-"""benchmarks/gpu.py: every measurement works on a CPU, fails alone, and counts operations as plan.py does."""
+"""benchmarks/gpu.py: every measurement works on a CPU, fails alone, and counts operations as tools/plan.py does."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import gpu
-from gpu import CHECKPOINTING, TOY, Measurement
-from record import Row
-
-import plan
+from benchmarks import gpu
+from benchmarks.gpu import CHECKPOINTING, TOY, Measurement
+from benchmarks.record import Row
 from config import Config
+from tools import plan
 
 NAMES = ("what", "model", "tokens", "setting")
 

@@ -1,12 +1,12 @@
-"""metrics.py: every quantity of the figures, on responses a reader can count by hand."""
+"""reports/metrics.py: every quantity of the figures, on responses a reader can count by hand."""
 
 import math
 
 import pytest
 import torch
 
-import metrics
 from data import Problem
+from reports import metrics
 from rollout import Rollout
 
 

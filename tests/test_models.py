@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import critic
 import policy
-from batch import micro_batches
 from checkpoint import export
 from data import Problem
-from metrics import explained_variance
-from parallel import Sharding
+from distributed import Sharding
+from packing import micro_batches
+from reports.metrics import explained_variance
 
 
 class Largest(TorchDispatchMode):

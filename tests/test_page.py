@@ -1,4 +1,4 @@
-"""page.py: what goes into the page, and, in a headless browser, what the page does with it."""
+"""reports/page.py: what goes into the page, and, in a headless browser, what the page does with it."""
 
 import json
 import os
@@ -15,9 +15,9 @@ import torch
 from conftest import Ended, orz_data, random_rollouts
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-import page
 import rollout
 from data import Problem
+from reports import page
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><!-- <script> <img src=x onerror='window.hacked = 1'>\u2028\u2029{{data}} "
@@ -172,13 +172,13 @@ def test_refusals(tmp_path: Path, call: Any) -> None:
         assert ended.code == 1
         return ended.err.strip()
 
-    assert message() == "usage: python page.py runs/NAME …"
-    assert message(tmp_path) == f"page.py: {tmp_path}: not a run folder, it has no config.json; expected runs/NAME"
+    assert message() == "usage: python -m reports.page runs/NAME …"
+    assert message(tmp_path) == f"reports.page: {tmp_path}: not a run folder, it has no config.json; expected runs/NAME"
     folder = run_folder(tmp_path / "run", [row(0)])
     (folder / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    assert re.match(r"page.py: .*metrics.jsonl: line 2: not JSON \(.*\)$", message(folder))
+    assert re.match(r"reports.page: .*metrics.jsonl: line 2: not JSON \(.*\)$", message(folder))
     (folder / "config.json").write_text("{")
-    assert re.match(r"page.py: .*config.json: not JSON", message(folder))
+    assert re.match(r"reports.page: .*config.json: not JSON", message(folder))
     assert call(page.main, run_folder(tmp_path / "fine", [row(0)])) == (0, f"{tmp_path / 'fine' / 'report.html'}\n", "")
 
 

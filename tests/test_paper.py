@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAPER = ROOT / "PAPER.md"
+PAPER = ROOT / "docs" / "paper.md"
 LINK = re.compile(r"\[((\w+)\.(?:py::)?([\w.]+))\]\(([\w/]+\.py)#L\d+\)")
 PROGRAMS = {
     "train": "config.Config", "evaluate": "evaluate.Evaluation", "sample": "sample.Question", "curate": "curate.Recipe",

@@ -1,4 +1,4 @@
-"""plan.py: what it reckons is what is allocated, and what fits does fit."""
+"""tools/plan.py: what it reckons is what is allocated, and what fits does fit."""
 
 import gc
 import json
@@ -18,17 +18,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
 
-import parallel
-import plan
+import distributed
 import policy
 import ppo
-from batch import MicroBatch, micro_batches
 from config import QWEN, Config, parse
 from critic import Critic
 from data import Problem
-from parallel import Sharding
+from distributed import Sharding
+from packing import MicroBatch, micro_batches
 from policy import Policy
 from rollout import Rollout
+from tools import plan
 
 PARAMETERS = {
     "tiny": 104_256, "tiny-long": 104_320, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304,
@@ -93,14 +93,14 @@ def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
 
 def measured(folder: str, case: Case) -> dict[str, int]:
     """Most bytes of live tensors while a model updates, and while it only predicts: a sum over the allocator's events."""
-    count = 2 * 3 * parallel.size()  # two micro-batches on every rank
+    count = 2 * 3 * distributed.size()  # two micro-batches on every rank
     rollouts = [
         Rollout(Problem("", "", "", (1, 2)), [3] * case.response, [0.0] * case.response, "", "") for _ in range(count)
     ]
     gc.collect()  # nothing of an earlier measurement may be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         module = open_module(case.role, folder)
-        parallel.shard(module, Sharding(activation_checkpointing=case.checkpointing), getattr(module.model, "score", None))
+        distributed.shard(module, Sharding(activation_checkpointing=case.checkpointing), getattr(module.model, "score", None))
         optimizer = ppo.adamw(list(module.parameters()))
         for p in module.parameters():  # a step of no gradient makes the moments
             p.grad = torch.zeros_like(p)
@@ -142,7 +142,7 @@ def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
 def test_an_update_on_a_cpu_allocates_what_is_reckoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     monkeypatch.setitem(policy.CHUNK, "cpu", case.chunk)
     monkeypatch.setattr(policy, "LEAST", 1)
-    monkeypatch.setattr(parallel, "device", lambda: "cpu")
+    monkeypatch.setattr(distributed, "device", lambda: "cpu")
     folder = random_config(tmp_path, case.layers, case.vocab, case.tied)
     agrees(case, case.cfg(folder, gpus=0), measured(folder, case))
 
@@ -170,7 +170,7 @@ def test_an_update_on_eight_gpus_allocates_what_is_reckoned(
 
 
 def pretend_eight_ranks(folders: list[str]) -> None:
-    def bfloat16(**_: Any) -> MixedPrecisionPolicy:  # which parallel.py asks for on GPUs only
+    def bfloat16(**_: Any) -> MixedPrecisionPolicy:  # which distributed.py asks for on GPUs only
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: int = 1) -> torch.Tensor:
@@ -179,7 +179,7 @@ def pretend_eight_ranks(folders: list[str]) -> None:
     torch.set_num_threads(1)
     policy._add_product = product
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    parallel._started, parallel.MixedPrecisionPolicy = True, bfloat16
+    distributed._started, distributed.MixedPrecisionPolicy = True, bfloat16
     found = []
     for folder, case in zip(folders, CASES, strict=True):
         policy.CHUNK["cpu"], policy.LEAST = case.chunk, 1

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import plan
 from config import Config
-from curate import Recipe
+from curation.curate import Recipe
 from evaluate import Evaluation
-from sample import Question
+from tools import plan
+from tools.ask import Question
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -86,7 +86,7 @@ def test_equation_table_names_functions_and_tests() -> None:
 def test_metric_glossary_is_complete() -> None:
     """Every key that a run writes is explained."""
     glossary = README.split("## Metrics")[1].split("##")[0]
-    source = "".join((ROOT / f).read_text() for f in ("train.py", "log.py", "metrics.py"))
+    source = "".join((ROOT / f).read_text() for f in ("train.py", "reports/log.py", "reports/metrics.py"))
     keys = set(re.findall(r'"([a-z_]+)": (?:mean|lr|float|gap_max|explained)', source))
     keys |= {"entropy", "clipped", "logp_gap", "kl"}
     assert len(keys) > 15
@@ -100,8 +100,8 @@ def test_hardware_table_is_the_plans() -> None:
 
 def test_results_are_what_the_benchmarks_left() -> None:
     """RESULTS.md is put together from results/; what a command there names exists."""
-    command = [sys.executable, "-c", "import record; print(record.results(), end='')"]
-    printed = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", "from benchmarks import record; print(record.results(), end='')"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == (ROOT / "benchmarks" / "RESULTS.md").read_text()
     scripts = set(re.findall(r"python (benchmarks/\w+\.py)", printed + README))
     assert len(scripts) >= 10 and all((ROOT / script).is_file() for script in scripts)
@@ -110,7 +110,7 @@ def test_results_are_what_the_benchmarks_left() -> None:
 def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    assert "FIXME" not in README + (ROOT / "LOG.md").read_text()
+    assert "FIXME" not in README + (ROOT / "docs" / "log.md").read_text()
 
 
 def test_imports_run_downwards() -> None:

@@ -19,8 +19,8 @@ from conftest import write_orz
 from safetensors.torch import load_file
 from test_checkpoint import metrics, run, weights
 
-import tiny
 from checkpoint import by_step
+from toy import tiny
 
 T = TypeVar("T")
 TRAIN = Path(__file__).parent.parent / "train.py"

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -17,14 +16,11 @@ from conftest import orz_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import compare
-import grader as pool
-import reward
-from grader import Grade, Grader
-from reward import extract
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import grader_fuzz
+from benchmarks import grader_fuzz
+from grading import equivalence, pool
+from grading import extract as extract_module
+from grading.extract import extract
+from grading.pool import Grade, Grader
 
 SLOW = ["\\gcd(9^{9^9}, 3)", "\\binom{10000000000000}{5000000000000}"]
 REFUSED = ["9^{9^{9^9}}", "999999999!", "\\int_0^1 \\sin(x^{x^x}) dx", "2^{2^{100}} + 1", "(x+y+z)^{700}", "(" * 9 * 9]
@@ -49,7 +45,7 @@ def verdicts(grader: Grader, pairs: list[tuple[str, str]]) -> dict[tuple[str, st
 
 
 def table(header: str) -> list[list[str]]:
-    lines = (reward.__doc__ + compare.__doc__).partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    lines = (extract_module.__doc__ + equivalence.__doc__).partition(header)[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -274,7 +270,7 @@ def test_memory_of_a_worker_is_limited() -> None:
         limits = Path(f"/proc/{grader._workers[0].process.pid}/limits")
         if not limits.exists():
             pytest.skip("no /proc here")
-        assert re.search(rf"Max address space +{compare.MEMORY} +{compare.MEMORY}", limits.read_text())
+        assert re.search(rf"Max address space +{equivalence.MEMORY} +{equivalence.MEMORY}", limits.read_text())
 
 
 def test_costly_answers_come_last(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import data
-import tiny
-from batch import over_tokens
 from data import Problem
-from engine import STOP, Sampling, TransformersEngine, VllmEngine, draw
+from hf_sampler import STOP, Sampling, TransformersEngine, VllmEngine, draw
+from packing import over_tokens
 from policy import Policy, load_policy
 from rollout import Rollout, sample, sync
+from toy import tiny
 
 Engine = VllmEngine | TransformersEngine
 SAMPLING = Sampling(max_tokens=40)

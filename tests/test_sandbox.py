@@ -22,10 +22,8 @@ from pathlib import Path
 
 import pytest
 
-import box
-import programs
-import sandbox
-from programs import Verdict, decode_tests, extract_program, judge
+from grading import programs, sandbox, sandbox_child
+from grading.programs import Verdict, decode_tests, extract_program, judge
 
 runs = pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "it is here")
 
@@ -158,7 +156,7 @@ def test_where_there_is_no_sandbox_it_says_so(monkeypatch: pytest.MonkeyPatch, t
             with pytest.raises(RuntimeError, match="needs Linux"):
                 judge([RIGHT], [SQUARE])
         sandbox.unavailable.cache_clear()
-        broken = tmp_path / "box.py"
+        broken = tmp_path / "sandbox_child.py"
         broken.write_text(sandbox.BOX.read_text().replace('b"pivot_root"', "").replace('"pivot_root"', '"pivot_root", None'))
         monkeypatch.setattr(sandbox, "BOX", broken)
         assert "does not work here" in sandbox.unavailable() and "\n" not in sandbox.unavailable()
@@ -177,7 +175,9 @@ HOSTILE = {
         while True: os.fork()
         """,
     "fork bomb by every other way": """
-        import ctypes, os, signal
+        import ctypes
+        import os
+        import signal
         libc = ctypes.CDLL(None)
         for call in (lambda: os.posix_spawn('/proc/self/exe', ['x'], {}), lambda: libc.vfork(), lambda: libc.fork(),
                      lambda: libc.syscall(56, signal.SIGCHLD, 0, 0, 0, 0), lambda: libc.syscall(57),
@@ -189,7 +189,8 @@ HOSTILE = {
             except OSError: pass
         """,
     "thread bomb": """
-        import threading, time
+        import threading
+        import time
         threading.stack_size(1 << 15)
         for n in range(1000): threading.Thread(target=time.sleep, args=[60], daemon=True).start()
         print('ok')
@@ -217,7 +218,8 @@ HOSTILE = {
             if os.path.exists(path): print('ok')
         """,
     "read the environment": """
-        import ctypes, os
+        import ctypes
+        import os
         if ctypes.CDLL(None).getenv(b'SECRET') or set(os.environ) - {'HOME', 'PYTHONHASHSEED', 'LC_CTYPE'}: print('ok')
         """,
     "use inherited files": """
@@ -250,7 +252,8 @@ HOSTILE = {
         os.symlink('loop', 'loop'); open('loop')
         """,
     "leave the root": """
-        import ctypes, os
+        import ctypes
+        import os
         libc = ctypes.CDLL(None)
         done = [libc.unshare(flag) for flag in (0x10000000, 0x20000, 0x40000000)] + [
             libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/tmp', 2), libc.chroot(b'/tmp'),
@@ -273,7 +276,8 @@ HOSTILE = {
         while True: x.append(bytearray(1 << 24))
         """,
     "memory outside of the address space": """
-        import ctypes, os
+        import ctypes
+        import os
         libc = ctypes.CDLL(None)
         if libc.shmget(0, 1 << 32, 0o1600) >= 0: print('ok')
         try: os.memfd_create('x'); print('ok')
@@ -293,7 +297,8 @@ HOSTILE = {
         print('ok')
         """,
     "kill everybody": """
-        import os, signal
+        import os
+        import signal
         for target in (os.getppid(), 1, -1):
             try: os.kill(target, signal.SIGKILL)
             except OSError: pass
@@ -307,7 +312,8 @@ HOSTILE = {
             except OSError: pass
         """,
     "outlive": """
-        import os, time
+        import os
+        import time
         if os.fork(): os._exit(0)
         os.setsid()
         if os.fork(): os._exit(0)
@@ -397,7 +403,7 @@ def test_hostile_programs_do_no_harm(
     meant = {
         "print('ok')": "(print('ok'), exit())",
         "PORT": port,
-        "PROJECT": Path(sandbox.__file__).parent,
+        "PROJECT": Path(sandbox.__file__).parent.parent,
         "FOLDER": tmp_path,
         "PID": bystander.pid,
     }
@@ -442,7 +448,8 @@ def test_hostile_programs_do_no_harm(
 @pytest.mark.parametrize("mark", ["open"], indirect=True)
 def test_without_the_filter_processes_are_counted(mark: str) -> None:
     count = """
-        import os, time
+        import os
+        import time
         for n in range(200):
             try: child = os.fork()
             except BlockingIOError: break
@@ -458,7 +465,9 @@ def test_without_the_filter_processes_are_counted(mark: str) -> None:
 def test_what_the_box_holds() -> None:
     """Everything in it, outside of the folders of libraries; and the folders in which a program can make a file."""
     look = """
-        import json, os, sys
+        import json
+        import os
+        import sys
         listed, writable, mounts = [], [], set()
         for folder, folders, files in os.walk('/'):
             if os.access(folder, os.W_OK): writable.append(folder)
@@ -497,8 +506,8 @@ def test_what_the_program_is_left_with(mark: str) -> None:
         limits = re.findall(r"^Max ([a-z ]+?) {2,}(\S+) +(\S+)", Path(f"/proc/{program}/limits").read_text(), re.M)
         found = {name: int(soft) for name, soft, hard in limits if soft == hard and soft != "unlimited"}
         assert found.items() >= {
-            "address space": 300 << 20, "cpu time": 6, "file size": box.FOLDER, "open files": box.FILES,
-            "processes": box.THREADS, "core file size": 0,
+            "address space": 300 << 20, "cpu time": 6, "file size": sandbox_child.FOLDER, "open files": sandbox_child.FILES,
+            "processes": sandbox_child.THREADS, "core file size": 0,
         }.items()  # fmt: skip
         assert future.result().passed
 
@@ -506,11 +515,12 @@ def test_what_the_program_is_left_with(mark: str) -> None:
 @runs
 def test_calls_that_are_refused() -> None:
     machine = os.uname().machine
-    column = box.ARCHITECTURES[machine][1]
-    numbers = {name: row[column] for name, row in box.REFUSED.items() if row[column] is not None}
-    numbers |= {"clone": box.CLONE[column], "clone3": box.CLONE3}
+    column = sandbox_child.ARCHITECTURES[machine][1]
+    numbers = {name: row[column] for name, row in sandbox_child.REFUSED.items() if row[column] is not None}
+    numbers |= {"clone": sandbox_child.CLONE[column], "clone3": sandbox_child.CLONE3}
     try_all = f"""
-        import ctypes, json
+        import ctypes
+        import json
         libc, errors = ctypes.CDLL(None, use_errno=True), {{}}
         for name, number in {numbers}.items():
             ctypes.set_errno(0)
@@ -529,11 +539,14 @@ def test_calls_that_are_refused() -> None:
 @pytest.mark.parametrize(("sign", "seconds"), [(signal.SIGKILL, 60), (signal.SIGINT, 2)])
 def test_boxes_end_with_their_caller(sign: int, seconds: int, mark: str) -> None:
     code = f"""if True:
-        import os, pathlib, programs, sandbox
+        import os
+        import pathlib
+        from grading import programs
+        from grading import sandbox
         sandbox.BOX = pathlib.Path(os.environ["BOX"])
         programs.judge(["while True: pass"] * 20, [programs.Tests(("",), ("",))] * 20, seconds={seconds})
         """
-    folder, environment = Path(sandbox.__file__).parent, os.environ | {"BOX": str(sandbox.BOX)}
+    folder, environment = Path(sandbox.__file__).parent.parent, os.environ | {"BOX": str(sandbox.BOX)}
     caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=folder, env=environment)
     while len(processes(mark)) < 6:  # two boxes of three processes
         assert caller.poll() is None

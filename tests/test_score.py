@@ -1,4 +1,4 @@
-"""score.py: what one response earns, by comparison, by running it, or by a function of one's own."""
+"""reward.py: what one response earns, by comparison, by running it, or by a function of one's own."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import data
-import sandbox
-import score
+import reward
 from data import Problem
-from grader import Grader
-from metrics import interval, majority, pass_at, summary
+from grading import sandbox
+from grading.pool import Grader
+from reports.metrics import interval, majority, pass_at, summary
 from rollout import Rollout
 
 
@@ -30,31 +30,31 @@ def answered(problem: Problem, text: str, finish: str = "stop") -> Rollout:
 def test_right_and_finished_earns_one(grader: Grader) -> None:
     half = Problem("set:1", "", "\\frac{1}{2}")
     rollouts = [answered(half, "0.5"), answered(half, "0.25"), answered(half, "0.5", "length")]
-    assert [r.reward for r in score.score(rollouts, grader)] == [1.0, 0.0, 0.0]
+    assert [r.reward for r in reward.score(rollouts, grader)] == [1.0, 0.0, 0.0]
     assert [r.answer for r in rollouts] == ["0.5", "0.25", "0.5"]
 
 
 def test_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader) -> None:
     (tmp_path / "mine_reward.py").write_text("def brief(response, problem): return len(problem.answer) / len(response)")
     monkeypatch.chdir(tmp_path)
-    reward = score.own("mine_reward:brief")
+    own = reward.own("mine_reward:brief")
     problem = Problem("set:1", "", "12")
-    whole, cut = score.score([answered(problem, "12"), answered(problem, "12", "length")], grader, reward)
+    whole, cut = reward.score([answered(problem, "12"), answered(problem, "12", "length")], grader, own)
     assert whole.reward == 2 / len(whole.text) and cut.reward == 0
-    assert score.own("") is None
+    assert reward.own("") is None
     for wrong in ("mine_reward:long", "no_such_module:f", "mine_reward", "math:pi"):
         with pytest.raises(ValueError, match=f"--reward {wrong}: "):
-            score.own(wrong)
+            reward.own(wrong)
     with pytest.raises(ValueError, match="gave nan for a response to set:1"):
-        score.score([answered(problem, "12")], grader, lambda response, problem: math.nan)
+        reward.score([answered(problem, "12")], grader, lambda response, problem: math.nan)
 
 
 def test_sets_are_told_apart(grader: Grader) -> None:
     a, b = Problem("a:1", "", "1"), Problem("b:1", "", "2")
-    record, rollouts = score.evaluate([answered(a, "1"), answered(a, "1"), answered(b, "1"), answered(b, "2")], grader)
+    record, rollouts = reward.evaluate([answered(a, "1"), answered(a, "1"), answered(b, "1"), answered(b, "2")], grader)
     assert (record["reward"], record["reward/a"], record["reward/b"]) == (0.75, 1.0, 0.5)
     assert len(rollouts) == 4
-    assert "reward/a" not in score.evaluate([answered(a, "1")], grader)[0]
+    assert "reward/a" not in reward.evaluate([answered(a, "1")], grader)[0]
 
 
 @pytest.mark.skipif(bool(sandbox.unavailable()), reason="no sandbox here")
@@ -70,7 +70,7 @@ def test_programs_earn_one_for_passing_all_tests(tmp_path: Path, grader: Grader)
     written = [answered(add, f"\n```python\n{program}\n```\n") for program in (right, wrong, hostile, right)]
     bare, cut = answered(add, right), answered(add, f"\n```python\n{right}\n```\n", "length")
     compared = answered(Problem("set:1", "", "3"), "3")
-    rewards = [r.reward for r in score.score([*written, bare, cut, compared], grader)]
+    rewards = [r.reward for r in reward.score([*written, bare, cut, compared], grader)]
     assert rewards == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     assert written[0].answer.strip() == right
 
@@ -98,18 +98,18 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_majority_counts_equal_answers_as_one(grader: Grader) -> None:
     problem = Problem("set:1", "", "\\frac{1}{2}")
     texts = ["0.5", "\\frac{1}{2}", "3", "1/2", "4"]
-    group = score.score([answered(problem, text) for text in texts], grader)
+    group = reward.score([answered(problem, text) for text in texts], grader)
     assert majority([group], grader.equal) == 1.0  # three ways to say a half
-    tie = score.score([answered(problem, text) for text in ("0.5", "3")], grader)
-    cut = score.score([answered(problem, "3"), answered(problem, "0.5", "length")], grader)
-    none = score.score([answered(problem, "")], grader)
+    tie = reward.score([answered(problem, text) for text in ("0.5", "3")], grader)
+    cut = reward.score([answered(problem, "3"), answered(problem, "0.5", "length")], grader)
+    none = reward.score([answered(problem, "")], grader)
     assert [majority([g], grader.equal) for g in (tie, cut, none)] == [0.5, 0.0, 0.0]
     assert majority([group, tie], grader.equal) == 0.75
 
 
 def test_summary(grader: Grader) -> None:
     a, b = Problem("set:1", "", "1"), Problem("set:2", "", "2")
-    rollouts = score.score([*(answered(a, t) for t in "1113"), *(answered(b, t) for t in "1123")], grader)
+    rollouts = reward.score([*(answered(a, t) for t in "1113"), *(answered(b, t) for t in "1123")], grader)
     s = summary(rollouts, grader.equal)
     assert (s["problems"], s["samples"], s["reward"]) == (2, 4, 0.5)
     assert (s["pass@1"], s["pass@2"], s["pass@4"], s["maj@4"]) == (0.5, 0.75, 1.0, 0.5)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import data
-import tiny
-from reward import extract
+from grading.extract import extract
+from toy import tiny
 
 FORMAT = re.compile(r" [^<>]*</think> <answer> \\boxed\{(\d+)\} </answer>")
 

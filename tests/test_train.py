@@ -18,12 +18,12 @@ from transformers import (
     T5Config,
 )
 
-import tiny
 import train
 from config import TINY, Config, check, parse
 from critic import load_critic
-from inputs import prepare
-from log import RunLog
+from preflight import prepare
+from reports.log import RunLog
+from toy import tiny
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import critic
-import engine
-import grader
-import inputs
-import plan
+import hf_sampler
 import policy
+import preflight
 import rollout
 import train
+from grading import pool
 from rollout import Rollout
+from tools import plan
 
 STEPS = 2
 
@@ -32,7 +32,7 @@ class Work(NamedTuple):
     cfg: config.Config
     folder: Path
 
-    def inputs(self) -> int:
+    def preflight(self) -> int:
         """Input tokens that a pass over all sequences reads."""
         return sum(len(r.problem.prompt_ids) + len(r.ids) - 1 for step in self.rollouts for r in step)
 
@@ -61,13 +61,13 @@ def counting(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
             counts["parameters copied"] += weight.numel()
             yield name, weight
 
-    load = engine.TransformersEngine.load_weights
-    patch.setattr(engine.TransformersEngine, "load_weights", lambda self, ws: load(self, parameters(self, ws)))
+    load = hf_sampler.TransformersEngine.load_weights
+    patch.setattr(hf_sampler.TransformersEngine, "load_weights", lambda self, ws: load(self, parameters(self, ws)))
     around(policy.Policy, "forward", forward)
     around(critic.Critic, "forward", forward)
-    around(grader.Grader, "_compare", lambda _, pairs: counts.update({"pairs compared": len(pairs)}))
-    around(engine, "draw", lambda logits, *_: counts.update({"tokens drawn": len(logits)}))
-    around(engine.TransformersEngine, "_generate", lambda *_: counts.update({"generations": 1}))
+    around(pool.Grader, "_compare", lambda _, pairs: counts.update({"pairs compared": len(pairs)}))
+    around(hf_sampler, "draw", lambda logits, *_: counts.update({"tokens drawn": len(logits)}))
+    around(hf_sampler.TransformersEngine, "_generate", lambda *_: counts.update({"generations": 1}))
     for name in ("predict", "update_critic", "update_policy"):
         counted_flops(counts, patch, name)
 
@@ -94,7 +94,7 @@ def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "--prompts", "6", "--samples", "8", "--prompt-tokens", "64", "--response-tokens", "48", "--micro-tokens", "512",
         "--critic-steps", "3", "--policy-lr", "1e-3", "--critic-lr", "1e-3", "--grader-workers", "1",
     ])  # fmt: skip
-    prepared = inputs.prepare(cfg)  # compares golds with themselves, which is not a step's work
+    prepared = preflight.prepare(cfg)  # compares golds with themselves, which is not a step's work
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         counting(counts, patch)

@@ -1,0 +1,223 @@
+"""Ranks: sharded models, offloading, and the few things that ranks tell each other.
+
+    torchrun --nproc-per-node 8 train.py …                 8 ranks, one GPU each
+    python train.py …                                      one process; on a CPU without a process group at all
+
+Every rank runs the same loop and knows every rollout of the step, so whatever is computed from rollouts alone (advantages,
+mini-batches, denominators, metrics) is computed by every rank alike and needs no communication. What is divided is
+the work on models: a rank samples its share of the responses, grades them, and takes its rows of every mini-batch
+(`packing.rows_of_ranks`). Gradients are *sums* over ranks, of losses divided by global token counts; so world size changes
+nothing but rounding.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+T = TypeVar("T")
+_started = False
+
+
+def start(timeout_minutes: float) -> None:
+    """Join the process group that torchrun prepared; on a GPU without torchrun, make one of a single rank.
+
+    A rank may wait `timeout_minutes` for another that still samples or grades. Object exchange and checkpoints go over
+    gloo, tensors of GPUs over nccl.
+    """
+    global _started
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    if "RANK" not in os.environ:
+        return
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(60 * timeout_minutes)))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "cpu:gloo"
+    limit = timedelta(minutes=timeout_minutes)
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+    # When torchrun restarts ranks, its store still holds the addresses of those that are gone.
+    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=ranks, timeout=limit)
+    _started = True
+
+
+def started() -> bool:
+    """Whether this process is one of several, or of one GPU. (vLLM alone in a process makes a group of its own.)"""
+    return _started
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop() -> None:
+    """The last call of a rank that has done its work: end the process, if it is one of several. The interpreter is not shut
+    down: a gloo thread may hold the last collective's tensor a little longer, and letting go of it then aborts."""
+    if started():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def rank() -> int:
+    """This process's number among `size()`; 0 leads and writes."""
+    return dist.get_rank() if started() else 0
+
+
+def size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if started() else 1
+
+
+def device() -> str:
+    """Where this rank computes."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
+def once(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and give every rank its result. What it raises is raised on every rank, so that all of
+    them stop with one message instead of waiting for a rank that is gone."""
+    if not started():
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as wrong:
+            outcome[1] = wrong
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather(mine: T) -> list[T]:
+    """Every rank's object, in rank order, on every rank."""
+    if size() == 1:
+        return [mine]
+    parts: list[Any] = [None] * size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def largest(value: float) -> float:
+    """Maximum over ranks."""
+    return max(gather(value))
+
+
+class Sharding(NamedTuple):
+    """How models are laid over the ranks; see the settings of the same names."""
+
+    replicas: int = 1
+    activation_checkpointing: bool = False
+    offload: bool = False
+    compile: bool = False
+
+
+def load(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
+    """`auto_class.from_pretrained(path)` in float32 with packed attention, on rank 0; elsewhere the same model with memory
+    that is reserved but never touched, for `shard` to fill: only rank 0 ever holds a whole model. `settings` go into the
+    model's configuration."""
+    how = {"dtype": torch.float32, "attn_implementation": "packed"}
+    if rank() == 0:
+        return auto_class.from_pretrained(path, **settings, **how)
+    with no_init_weights():
+        model = auto_class.from_config(AutoConfig.from_pretrained(path, **settings), **how)
+    model.tie_weights()  # part of the initialisation that was left out
+    return model
+
+
+def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | None = None) -> None:
+    """FSDP2: a rank keeps 1/shards of every parameter of `module` (a policy or critic); a decoder layer is gathered when it
+    computes and let go after. Without a process group the module stays whole.
+
+    Weights, gradients and their sums are float32; on GPUs the gathered layers compute in bfloat16. What is in no
+    decoder layer is one group with the root, tied embedding and head included; `head`, if given, is a group that
+    computes in float32 (the value head).
+    """
+    names = module.model._no_split_modules or ()
+    layers = [m for m in module.modules() if type(m).__name__ in names]
+    for layer in layers:
+        if sharding.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if sharding.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if not started():
+        module.to(device())
+        return
+    whole = {name: p.detach() for name, p in module.named_parameters()}
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if sharding.replicas > 1:
+        mesh = init_device_mesh(kind, (sharding.replicas, size() // sharding.replicas), mesh_dim_names=("copy", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (size(),))
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if kind == "cuda" else None, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=low)
+    if head is not None:
+        fully_shard(head, mesh=mesh)
+    fully_shard(module, mesh=mesh, mp_policy=low, reshard_after_forward=True)
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and size() > 1:
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way of not averaging
+            part.set_gradient_divide_factor(1.0)
+    for name, p in module.named_parameters():  # rank 0's weights, a parameter at a time
+        source = whole.pop(name).to(p.device) if rank() == 0 else torch.empty(p.shape, device=p.device)
+        dist.broadcast(source, 0)
+        with torch.no_grad():
+            p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
+    if sharding.offload:
+        _move(module, None, "cpu")
+
+
+def full(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The whole of a sharded parameter in `dtype`; every rank must ask."""
+    cast = parameter.detach().to(dtype)
+    return cast.full_tensor() if isinstance(cast, DTensor) else cast
+
+
+@contextmanager
+def on_device(
+    enabled: bool, module: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Backload before, offload after (§3.1): with `enabled`, module and optimizer state lie in host memory outside."""
+    if not enabled or module is None:
+        yield
+        return
+    _move(module, optimizer, device())
+    yield
+    _move(module, optimizer, "cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _move(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, where: str) -> None:
+    module.to(where)
+    for state in optimizer.state.values() if optimizer else ():
+        state.update({name: value.to(where) for name, value in state.items()})

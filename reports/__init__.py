@@ -1,0 +1,1 @@
+"""What a run leaves for people: metrics, transcripts, figures and a page."""

@@ -1,0 +1,106 @@
+"""distributed.py: world size changes nothing; engines and sharded trainers agree; ranks wait, and stop together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import on_ranks
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from config import Config
+from packing import rows_of_ranks
+
+SETTINGS: dict[str, Any] = {"model": "tiny", "critic_steps": 4, "policy_lr": 1e-4, "critic_lr": 1e-4, "policy_warmup": 1,
+                            "critic_warmup": 1, "micro_tokens": 250}  # fmt: skip
+
+
+def on(ranks: int, job: str, out: Path, model: Path, **settings: Any) -> None:
+    """Run a job of on_ranks.py under torchrun; its output is shown when it fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [on_ranks.__file__, job, str(out), str(model), json.dumps(SETTINGS | settings)]
+    paths = os.pathsep.join(str(p) for p in (Path(on_ranks.__file__).parent, Path(on_ranks.__file__).parent.parent))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def same_updates(a: Path, b: Path) -> None:
+    """Loss, gradients, values and updated weights to 1e-5 in float32."""
+    x, y = (load_file(folder / "tensors.safetensors") for folder in (a, b))
+    assert x.keys() == y.keys()
+    assert sum(name.startswith("gradient") for name in x) > 50
+    for name in x:
+        assert float((x[name] - y[name]).norm()) <= 1e-5 * max(1.0, float(x[name].norm())), name
+    one, other = (json.loads((folder / "stats.json").read_text()) for folder in (a, b))
+    for name, value in one.items():
+        assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {}),
+        (2, {"replicas": 2, "activation_checkpointing": True, "offload": True}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"replicas": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_world_size_changes_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, settings: dict[str, Any]
+) -> None:
+    """Uneven lengths; ranks with fewer rows than others, and (4 mini-batches of 13 responses on 4 ranks) with none; a tied
+    head, and with hybrid sharding an untied one."""
+    model = random_model(tmp_path / "model", tokenizer, tied=not settings)
+    (tmp_path / "1").mkdir()
+    on_ranks.updates(tmp_path / "1", model, Config(**SETTINGS))
+    on(ranks, "updates", tmp_path / "many", model, **settings)
+    same_updates(tmp_path / "1", tmp_path / "many")
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_engines_beside_a_sharded_trainer(tmp_path: Path, model_folder: Path, tensor_parallel: int) -> None:
+    """Two ranks, two engines or one. Log-probabilities agree before and after an update; stale engines are refused by all
+    ranks, also when only one of two is; every rank ends up with every response, whoever sampled it."""
+    pytest.importorskip("vllm")
+    on(2, "engines", tmp_path, model_folder, tensor_parallel=tensor_parallel, policy_lr=1e-2)
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["before"] <= 1e-4
+    assert seen["after"] <= 1e-4
+    assert seen["logp_gap in step"] <= 1e-5
+    assert seen["stale"] > 0.1
+    assert seen["logp_gap stale"] > 0.1  # what the run's log warns of
+    assert seen["refused in step"] == seen["refused after"] == [False, False]
+    assert seen["refused stale"] == [True, True]
+    assert seen["refused one astray"] == [tensor_parallel == 1] * 2
+    assert seen["all ranks hold the same"]
+    assert seen["shares"] == ([11, 10] if tensor_parallel == 1 else [21, 0])
+    assert len({str(ids) for ids in seen["ids"]}) > 15  # engines do not repeat each other
+
+
+def test_ranks_wait_for_a_late_one_and_stop_together(tmp_path: Path, model_folder: Path) -> None:
+    on(2, "together", tmp_path, model_folder)
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["[0, 1] row 7 is bad"] * 2
+    with pytest.raises(AssertionError, match=r"[Tt]ime(d )?out"):  # the limit is the flag's, and there is one
+        on(2, "together", tmp_path, model_folder, timeout_minutes=0.03)
+
+
+def test_rows_of_ranks() -> None:
+    """Every sequence once, equally many rows on all ranks, near-equal tokens, also with fewer sequences than ranks."""
+    torch.manual_seed(0)
+    inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
+    for ranks in (1, 2, 4, 7):
+        rows = rows_of_ranks(inputs, 1000, ranks)
+        assert len({len(own) for own in rows}) == 1
+        assert sorted(i for own in rows for row in own for i in row) == list(inputs)
+        assert all(sum(inputs[i] for i in row) <= 1000 for own in rows for row in own)
+        tokens = [sum(inputs[i] for row in own for i in row) for own in rows]
+        assert max(tokens) - min(tokens) <= 200
+    assert rows_of_ranks({4: 3}, 10, 3) == [[[4]], [[]], [[]]]

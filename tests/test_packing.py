@@ -1,0 +1,117 @@
+"""packing.py: packing changes neither log-probabilities, values, losses nor gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rollouts
+from transformers import AutoModelForCausalLM
+
+import ppo
+from critic import load_critic
+from data import Problem
+from packing import MicroBatch, micro_batches, mini_batches, over_tokens
+from policy import Policy, load_policy
+
+LENGTHS = [5, 1, 9, 3, 7, 2, 12, 4]
+
+
+@pytest.fixture(scope="module")
+def policy(model_folder: Path) -> Policy:
+    return load_policy(str(model_folder))
+
+
+def flat_logprobs(policy: Policy, rollouts: list, max_tokens: int) -> torch.Tensor:
+    return over_tokens(lambda m: policy(m)[0], rollouts, max_tokens, "cpu")
+
+
+def test_the_picture() -> None:
+    """The example of the module's docstring, field by field."""
+    A, B = Problem("A", "", "", (1, 2, 3)), Problem("B", "", "", (4, 5))
+    a, b = random_rollouts([A, B], 9, [3, 2])
+    a.ids, b.ids = [11, 12, 13], [14, 15]
+    (micro,) = micro_batches([a, b], [1, 0], max_tokens=100)  # shorter first
+    assert micro.input_ids.tolist() == [[4, 5, 14, 1, 2, 3, 11, 12]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert micro.boundaries.tolist() == [0, 3, 8]
+    assert micro.longest == 5
+    assert micro.action_at.tolist() == [1, 2, 5, 6, 7]
+    assert micro.actions.tolist() == [14, 15, 11, 12, 13]
+    assert micro.flat.tolist() == [3, 4, 0, 1, 2]
+
+
+def test_packed_equals_separate_forwards(model_folder: Path, policy: Policy, problems: list[Problem]) -> None:
+    """Against transformers' own forward, one unpacked sequence at a time."""
+    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    expected = []
+    for r in rollouts:
+        ids = torch.tensor([[*r.problem.prompt_ids, *r.ids]])
+        logp = plain(ids).logits[0, :-1].log_softmax(-1)[len(r.problem.prompt_ids) - 1 :]
+        expected.append(logp.gather(-1, torch.tensor(r.ids)[:, None])[:, 0])
+    packed = flat_logprobs(policy, rollouts, max_tokens=10_000)  # all in one row
+    torch.testing.assert_close(packed, torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["boundaries", "positions"])
+def test_wrong_boundaries_or_positions_are_seen(policy: Policy, problems: list[Problem], broken: str) -> None:
+    """The comparison above has teeth: attention across sequences, or positions that run on, change the result."""
+    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    (micro,) = micro_batches(rollouts, range(len(rollouts)), 10_000)
+    T = micro.input_ids.shape[1]
+    wrong: MicroBatch = {
+        "boundaries": micro._replace(boundaries=torch.tensor([0, T], dtype=torch.int32), longest=T),
+        "positions": micro._replace(position_ids=torch.arange(T)[None] * 3),
+    }[broken]
+    right, off = policy(micro)[0], policy(wrong)[0]
+    assert float((right - off).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 45, 10_000])
+def test_loss_and_gradient_do_not_depend_on_packing(
+    model_folder: Path, policy: Policy, problems: list[Problem], max_tokens: int
+) -> None:
+    """Policy and critic losses with the batch's token count as denominator: one sequence a row, a few, or all."""
+    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    critic = load_critic(str(model_folder))
+    torch.manual_seed(1)
+    A, targets = torch.randn(2, sum(LENGTHS))
+
+    def gradients(limit: int) -> tuple[float, torch.Tensor]:
+        total = 0.0
+        for micro in micro_batches(rollouts, range(len(rollouts)), limit):
+            logp, _ = policy(micro)
+            loss, _ = ppo.policy_loss(logp, logp.detach() + 0.1, A[micro.flat])
+            loss = (loss + ppo.value_loss(critic(micro), targets[micro.flat])) / sum(LENGTHS)
+            loss.backward()
+            total += float(loss.detach())
+        grads = [p.grad.flatten() for m in (policy, critic) for p in m.parameters()]
+        policy.zero_grad()
+        critic.zero_grad()
+        return total, torch.cat(grads)
+
+    loss, gradient = gradients(max_tokens)
+    expected_loss, expected = gradients(60)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert float(expected.norm()) > 0.1
+
+
+def test_micro_batches_use_every_token_once_within_the_limit(problems: list[Problem]) -> None:
+    rollouts = random_rollouts(problems, 9, LENGTHS)
+    micros = list(micro_batches(rollouts, range(len(rollouts)), 40))
+    assert len(micros) > 1
+    assert sorted(torch.cat([m.flat for m in micros]).tolist()) == list(range(sum(LENGTHS)))
+    assert all(m.input_ids.shape[1] <= 40 for m in micros)
+
+
+def test_mini_batches_are_near_equal_and_use_every_response_once() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 200, (256,)).tolist()
+    minis = mini_batches(lengths, 12, seed="3")
+    assert len(minis) == 12
+    assert sorted(i for mini in minis for i in mini) == list(range(256))
+    tokens = [sum(lengths[i] for i in mini) for mini in minis]
+    assert max(tokens) <= 1.03 * sum(lengths) / 12
+    assert minis == mini_batches(lengths, 12, seed="3") != mini_batches(lengths, 12, seed="4")
+    assert mini_batches([3, 3], 12, seed="0") in ([[0], [1]], [[1], [0]])

@@ -1,0 +1,1 @@
+"""The embedded task and its base model of 0.1 million parameters."""
