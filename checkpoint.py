@@ -27,7 +27,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import distributed
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
+)
 ARCHITECTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
 
@@ -51,7 +53,11 @@ def tensors(trained: Trained) -> dict[str, Tensor]:
             state = optimizer.state[p]
             if not state:
                 step = torch.zeros((), device=p.device)
-                state |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state |= {
+                    "step": step,
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 named[f"{role}/{name}/{key}"] = state[key].detach()
     return named
@@ -65,10 +71,19 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: Any, trained: Trained, first: int = 0) -> None:
-        self.folder, self.every, self.keep = folder, config.checkpoint_every, config.keep_checkpoints
+        self.folder, self.every, self.keep = (
+            folder,
+            config.checkpoint_every,
+            config.keep_checkpoints,
+        )
         self.trained, self.saved, self.signal = trained, first, 0
         model = architecture(trained["policy"][0].model.config)
-        self.about = {"settings": asdict(config), "model": model, "roles": list(trained), "ranks": distributed.size()}
+        self.about = {
+            "settings": asdict(config),
+            "model": model,
+            "roles": list(trained),
+            "ranks": distributed.world_size(),
+        }
         # Its collectives run beside the loop's, so they need a group of their own.
         self.group = dist.new_group(backend="gloo") if distributed.started() else None
         self.thread = ThreadPoolExecutor(1)
@@ -93,7 +108,9 @@ class Checkpoints:
     def step(self, done: int, last: bool, records: Sequence[Path]) -> None:
         """After `done` iterations: save if that is due. After a signal to any rank: save, and exit with 128 + its number.
         `records` are the run's files that grow. Raises OSError when a checkpoint could not be written."""
-        stop, failed = map(max, zip(*distributed.gather((self.signal, self._failed())), strict=True))
+        stop, failed = map(
+            max, zip(*distributed.all_gather_objects((self.signal, self._failed())), strict=True)
+        )
         if failed:
             self.finish()
         if stop or (self.every and (last or done % self.every == 0)):
@@ -101,7 +118,10 @@ class Checkpoints:
         if stop:
             self.finish()
             if distributed.rank() == 0:
-                print(f"stopped by signal {stop} after {done} iterations; --resume auto goes on from there", flush=True)
+                print(
+                    f"stopped by signal {stop} after {done} iterations; --resume auto goes on from there",
+                    flush=True,
+                )
             raise SystemExit(128 + stop)
 
     def _failed(self) -> bool:
@@ -112,9 +132,15 @@ class Checkpoints:
         self.finish()
         if self.saved == done:
             return
-        copy = {name: t.cpu() if t.device.type != "cpu" else t.clone() for name, t in tensors(self.trained).items()}
+        copy = {
+            name: t.cpu() if t.device.type != "cpu" else t.clone()
+            for name, t in tensors(self.trained).items()
+        }
         sizes = {file.name: _on_disk(file) for file in records if file.exists()}
-        self.pending, self.saved = self.thread.submit(self._write, done, copy, self.about | {"records": sizes}), done
+        self.pending, self.saved = (
+            self.thread.submit(self._write, done, copy, self.about | {"records": sizes}),
+            done,
+        )
 
     def _write(self, done: int, copy: dict[str, Tensor], about: dict[str, Any]) -> None:
         final, beside = self.folder / f"step-{done}", self.folder / f"step-{done}.tmp"
@@ -137,13 +163,23 @@ class Checkpoints:
             return
         try:
             self.pending.result()
-        except (CheckpointException, OSError, RuntimeError) as wrong:
-            causes = [e for e, _ in wrong.failures.values()] if isinstance(wrong, CheckpointException) else [wrong]
+        except (CheckpointException, OSError, RuntimeError) as error:
+            causes = (
+                [e for e, _ in error.failures.values()]
+                if isinstance(error, CheckpointException)
+                else [error]
+            )
             if distributed.rank() == 0:
                 shutil.rmtree(self.folder / f"step-{self.saved}.tmp", ignore_errors=True)
             kept = by_step(self.folder)
-            left = f"{kept[-1]} is complete: mend that and pass --resume auto" if kept else "there is no older one"
-            raise OSError(f"checkpoint step-{self.saved} could not be written ({causes[0]}); {left}") from wrong
+            left = (
+                f"{kept[-1]} is complete: mend that and pass --resume auto"
+                if kept
+                else "there is no older one"
+            )
+            raise OSError(
+                f"checkpoint step-{self.saved} could not be written ({causes[0]}); {left}"
+            ) from error
         finally:
             self.pending = None
 
@@ -167,8 +203,8 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint in `path`. Raises ValueError saying what is wrong with one that is not whole."""
     try:
         about = json.loads((path / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as wrong:
-        raise ValueError(f"{path} is no complete checkpoint (run.json: {wrong})") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no complete checkpoint (run.json: {error})") from None
     for name, size in about["files"].items():
         there = (path / name).stat().st_size if (path / name).exists() else 0
         if there != size:
@@ -184,14 +220,22 @@ def find(resume: str, run: Path) -> Checkpoint | None:
         for path in reversed(own):
             try:
                 return read(path)
-            except ValueError as wrong:
-                print(f"WARNING: {wrong}; trying an older one", flush=True)
+            except ValueError as error:
+                print(f"WARNING: {error}; trying an older one", flush=True)
         if own:
-            raise ValueError(f"no checkpoint in {run / 'checkpoints'} is whole; pass --overwrite to begin again")
+            raise ValueError(
+                f"no checkpoint in {run / 'checkpoints'} is whole; pass --overwrite to begin again"
+            )
         return None
     found = read(Path(resume))
-    if own and found.path.parent.resolve() == own[0].parent.resolve() and found.path.name != own[-1].name:
-        raise ValueError(f"--resume {resume}: {own[-1]} is newer; name another --name to branch off, or remove it")
+    if (
+        own
+        and found.path.parent.resolve() == own[0].parent.resolve()
+        and found.path.name != own[-1].name
+    ):
+        raise ValueError(
+            f"--resume {resume}: {own[-1]} is newer; name another --name to branch off, or remove it"
+        )
     return found
 
 
@@ -201,9 +245,13 @@ def refuse_other(found: Checkpoint, model_config: Any, roles: Sequence[str], ste
     mine = architecture(model_config)
     for key, value in about["model"].items():
         if mine[key] != value:
-            raise ValueError(f"{found.path} is of another model: its {key} is {value}, --model has {mine[key]}")
+            raise ValueError(
+                f"{found.path} is of another model: its {key} is {value}, --model has {mine[key]}"
+            )
     if about["roles"] != list(roles):
-        raise ValueError(f"{found.path} holds {' and '.join(about['roles'])}, this run has {' and '.join(roles)}")
+        raise ValueError(
+            f"{found.path} holds {' and '.join(about['roles'])}, this run has {' and '.join(roles)}"
+        )
     if about["step"] > steps:
         raise ValueError(f"{found.path} is already past --steps {steps}")
 
@@ -216,8 +264,12 @@ def architecture(model_config: Any) -> dict[str, Any]:
 def changed(found: Checkpoint, config: Any) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's: name → (then, now)."""
     then, now = found.about["settings"], json.loads(json.dumps(asdict(config)))
-    names = [f.name for f in fields(config) if f.name not in ("name", "runs", "overwrite", "resume")]
-    return {name: (then[name], now[name]) for name in names if name in then and then[name] != now[name]}
+    names = [
+        f.name for f in fields(config) if f.name not in ("name", "runs", "overwrite", "resume")
+    ]
+    return {
+        name: (then[name], now[name]) for name in names if name in then and then[name] != now[name]
+    }
 
 
 def load(found: Checkpoint | None, trained: Trained) -> int:
@@ -230,14 +282,17 @@ def load(found: Checkpoint | None, trained: Trained) -> int:
 
 
 def export(
-    module: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, generation: GenerationConfig | None = None
+    module: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write a policy or critic as a Hugging Face folder: weights (safetensors), configuration, tokenizer with chat
     template and, for a policy, generation configuration; transformers and, for a policy, vLLM load it. Weights are gathered
     to rank 0, which writes beside and renames, so `folder` is never half a model."""
     weights = {}
     for name, p in module.model.named_parameters():
-        whole = distributed.full(p)
+        whole = distributed.full_tensor(p)
         if distributed.rank() == 0:
             weights[name] = whole.cpu()
     if distributed.rank() > 0:

@@ -25,10 +25,14 @@ class Critic(torch.nn.Module):
         that gives log π(a_t|s_t). The first action's value is read at the last prompt token; nothing is read after the
         last."""
         v = self.model.score(hidden_states(self.model, micro).float())
-        return v.squeeze(-1).clone()  # FSDP hangs its gather of the weights on the output, which may not be a view
+        return v.squeeze(
+            -1
+        ).clone()  # FSDP hangs its gather of the weights on the output, which may not be a view
 
 
-def load_critic(path: str, head: str = "authors", seed: int = 0, sharding: Sharding = Sharding()) -> Critic:  # noqa: B008
+def load_critic(
+    path: str, head: str = "authors", seed: int = 0, sharding: Sharding = Sharding()
+) -> Critic:  # noqa: B008
     """Base model `path` with its vocabulary head replaced by a linear map H → 1 without bias, in float32, over all ranks.
 
     A saved critic is an ordinary Hugging Face folder (TRL's value models have the same form). A folder that already
@@ -39,10 +43,12 @@ def load_critic(path: str, head: str = "authors", seed: int = 0, sharding: Shard
     - "paper":   U(−√5, √5) as §3.1 prints it; V starts far outside [0, 1], see docs/log.md
     - "zeros":   V starts at 0
     """
-    critic = Critic(distributed.load(AutoModelForSequenceClassification, path, num_labels=1).eval())
+    critic = Critic(
+        distributed.load_pretrained(AutoModelForSequenceClassification, path, num_labels=1).eval()
+    )
     if distributed.rank() == 0:
         _fill_head(critic.model.score.weight.data, path, head, seed)
-    distributed.shard(critic, sharding, critic.model.score)
+    distributed.apply_fsdp(critic, sharding, critic.model.score)
     return critic
 
 

@@ -81,9 +81,9 @@ def load(source: str | Path, name: str = "") -> list[Problem]:
         try:
             question, answer = formats.question_answer(item)
             formats.refuse_twice(item, place, places)
-        except ValueError as wrong:
+        except ValueError as error:
             file, _, row = place.rpartition(":")
-            raise ValueError(f"{Path(source).parent / file}: row {row}: {wrong}") from None
+            raise ValueError(f"{Path(source).parent / file}: row {row}: {error}") from None
         called = f"{name}:{len(problems) + 1}" if name else place
         problems.append(Problem(called, question, answer, tests=formats.tests(item)))
     if not problems:
@@ -92,7 +92,11 @@ def load(source: str | Path, name: str = "") -> list[Problem]:
 
 
 def tokenize(
-    problems: Iterable[Problem], tokenizer: PreTrainedTokenizerBase, max_tokens: int, template: str, drop: bool = False
+    problems: Iterable[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    template: str,
+    drop: bool = False,
 ) -> list[Problem]:
     """Fill the template and encode. A prompt over `max_tokens` raises ValueError naming its row, or is left out with
     `drop`: cutting a prompt would cut off `Assistant: <think>`, and an engine would refuse the whole batch for it."""
@@ -119,7 +123,10 @@ def take(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[
     problem is dropped at the end of an epoch.
     """
     positions = range(step * count, (step + 1) * count)
-    return [problems[_order(len(problems), p // len(problems), seed)[p % len(problems)]] for p in positions]
+    return [
+        problems[_order(len(problems), p // len(problems), seed)[p % len(problems)]]
+        for p in positions
+    ]
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@
 Every rank runs the same loop and knows every rollout of the step, so whatever is computed from rollouts alone (advantages,
 mini-batches, denominators, metrics) is computed by every rank alike and needs no communication. What is divided is
 the work on models: a rank samples its share of the responses, grades them, and takes its rows of every mini-batch
-(`packing.rows_of_ranks`). Gradients are *sums* over ranks, of losses divided by global token counts; so world size changes
+(`packing.assign_packs`). Gradients are *sums* over ranks, of losses divided by global token counts; so world size changes
 nothing but rounding.
 """
 
@@ -79,11 +79,11 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process's number among `size()`; 0 leads and writes."""
+    """This process's number among `world_size()`; 0 leads and writes."""
     return dist.get_rank() if started() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if started() else 1
 
@@ -93,7 +93,7 @@ def device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
-def once(function: Callable[[], T]) -> T:
+def on_rank0(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give every rank its result. What it raises is raised on every rank, so that all of
     them stop with one message instead of waiting for a rank that is gone."""
     if not started():
@@ -102,33 +102,33 @@ def once(function: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome[0] = function()
-        except Exception as wrong:
-            outcome[1] = wrong
+        except Exception as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def gather(mine: T) -> list[T]:
+def all_gather_objects(mine: T) -> list[T]:
     """Every rank's object, in rank order, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return [mine]
-    parts: list[Any] = [None] * size()
+    parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, mine)
     return parts
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over ranks, in place."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def largest(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     """Maximum over ranks."""
-    return max(gather(value))
+    return max(all_gather_objects(value))
 
 
 class Sharding(NamedTuple):
@@ -140,7 +140,7 @@ class Sharding(NamedTuple):
     compile: bool = False
 
 
-def load(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
+def load_pretrained(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
     """`auto_class.from_pretrained(path)` in float32 with packed attention, on rank 0; elsewhere the same model with memory
     that is reserved but never touched, for `shard` to fill: only rank 0 ever holds a whole model. `settings` go into the
     model's configuration."""
@@ -153,7 +153,9 @@ def load(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
-def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | None = None) -> None:
+def apply_fsdp(
+    module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | None = None
+) -> None:
     """FSDP2: a rank keeps 1/shards of every parameter of `module` (a policy or critic); a decoder layer is gathered when it
     computes and let go after. Without a process group the module stays whole.
 
@@ -167,28 +169,38 @@ def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | N
         if sharding.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if sharding.activation_checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
     if not started():
         module.to(device())
         return
     whole = {name: p.detach() for name, p in module.named_parameters()}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if sharding.replicas > 1:
-        mesh = init_device_mesh(kind, (sharding.replicas, size() // sharding.replicas), mesh_dim_names=("copy", "shard"))
+        mesh = init_device_mesh(
+            kind,
+            (sharding.replicas, world_size() // sharding.replicas),
+            mesh_dim_names=("copy", "shard"),
+        )
     else:
-        mesh = init_device_mesh(kind, (size(),))
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if kind == "cuda" else None, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(kind, (world_size(),))
+    low = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if kind == "cuda" else None, reduce_dtype=torch.float32
+    )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=low)
     if head is not None:
         fully_shard(head, mesh=mesh)
     fully_shard(module, mesh=mesh, mp_policy=low, reshard_after_forward=True)
     for part in module.modules():
-        if isinstance(part, FSDPModule) and size() > 1:
+        if isinstance(part, FSDPModule) and world_size() > 1:
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way of not averaging
             part.set_gradient_divide_factor(1.0)
     for name, p in module.named_parameters():  # rank 0's weights, a parameter at a time
-        source = whole.pop(name).to(p.device) if rank() == 0 else torch.empty(p.shape, device=p.device)
+        source = (
+            whole.pop(name).to(p.device) if rank() == 0 else torch.empty(p.shape, device=p.device)
+        )
         dist.broadcast(source, 0)
         with torch.no_grad():
             p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
@@ -196,7 +208,7 @@ def shard(module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | N
         _move(module, None, "cpu")
 
 
-def full(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def full_tensor(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole of a sharded parameter in `dtype`; every rank must ask."""
     cast = parameter.detach().to(dtype)
     return cast.full_tensor() if isinstance(cast, DTensor) else cast

@@ -28,7 +28,14 @@ import transformers
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -41,10 +48,10 @@ from curation import formats
 from data import Problem
 from grading import sandbox
 from grading.pool import Grader
-from hf_sampler import Sampling, open_engine
+from hf_sampler import Sampling, open_sampler
 from reports.metrics import describe, mean, summary
 from reward import score
-from rollout import Rollout, gathered
+from rollout import Rollout, gather_rollouts
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Evaluation:
     """What samples, as in training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the sampler, as in training."""
-    rows: int = 256
+    max_num_seqs: int = 256
     """Sequences the sampler holds at once."""
     vllm_memory: float = 0.85
     """Share of the GPU's memory that vLLM may take."""
@@ -120,61 +127,98 @@ def main() -> None:
             else:
                 check(cfg)
                 benchmark(cfg, grader, console)
-    except (ValueError, OSError) as wrong:
-        sys.exit(f"evaluate.py: {wrong}" if distributed.rank() == 0 else 1)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}" if distributed.rank() == 0 else 1)
     distributed.stop()
 
 
 def check(cfg: Evaluation) -> None:
     """Refuse what cannot work: ValueError with the flag, its value and what to change."""
-    for name in ("samples", "temperature", "top_p", "prompt_tokens", "response_tokens", "rows", "tensor_parallel"):
+    for name in (
+        "samples",
+        "temperature",
+        "top_p",
+        "prompt_tokens",
+        "response_tokens",
+        "max_num_seqs",
+        "tensor_parallel",
+    ):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     if not cfg.model or not cfg.benchmarks:
         raise ValueError("pass --model and --benchmarks, or --responses; --help explains them")
-    if len(cfg.model) > 1 and distributed.size() > 1:
-        raise ValueError("--model: under torchrun one model a call; results of calls with one --out share a table")
+    if len(cfg.model) > 1 and distributed.world_size() > 1:
+        raise ValueError(
+            "--model: under torchrun one model a call; results of calls with one --out share a table"
+        )
 
 
 def benchmark(cfg: Evaluation, grader: Grader, console: Console) -> None:
     """Every model on every benchmark; prints one table of all results under `out`."""
-    sets = distributed.once(lambda: {n: data.load(s, n) for n, s in formats.named(cfg.benchmarks).items()})
-    if any(p.tests for problems in sets.values() for p in problems) and (why := sandbox.unavailable()):
+    sets = distributed.on_rank0(
+        lambda: {n: data.load(s, n) for n, s in formats.named(cfg.benchmarks).items()}
+    )
+    if any(p.tests for problems in sets.values() for p in problems) and (
+        why := sandbox.unavailable()
+    ):
         raise ValueError(f"programs cannot be run here: {why}")
     for model in cfg.model:
         _one_model(cfg, model, sets, grader, console)
     how = f"T = {cfg.temperature:g}, top-p {cfg.top_p:g}, at most {cfg.response_tokens} tokens, {cfg.template}' template"
     console.print(f"avg@k ± half the 95 % interval over problems; {how}")
-    console.print(table({f.parent.name: json.loads(f.read_text()) for f in sorted(Path(cfg.out).glob("*/results.json"))}))
+    console.print(
+        table(
+            {
+                f.parent.name: json.loads(f.read_text())
+                for f in sorted(Path(cfg.out).glob("*/results.json"))
+            }
+        )
+    )
 
 
-def _one_model(cfg: Evaluation, model: str, sets: dict[str, list[Problem]], grader: Grader, console: Console) -> None:
+def _one_model(
+    cfg: Evaluation, model: str, sets: dict[str, list[Problem]], grader: Grader, console: Console
+) -> None:
     path = preflight.model_path(hub_id(model), cfg.seed)
-    preflight.check_length(cfg.prompt_tokens + cfg.response_tokens, preflight.model_config(path), path)
+    preflight.check_length(
+        cfg.prompt_tokens + cfg.response_tokens, preflight.model_config(path), path
+    )
     tokenizer = AutoTokenizer.from_pretrained(path)
     fitting = (tokenizer, cfg.prompt_tokens, data.TEMPLATES[cfg.template], cfg.drop_bad_rows)
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
     asked = {name: data.tokenize(problems, *fitting) for name, problems in chosen.items()}
     folder = Path(cfg.out) / "-".join(Path(model).parts[-2:])
-    distributed.once(lambda: _settle(folder, asdict(cfg) | {"model": path}, cfg.overwrite))
-    engine = open_engine(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
+    distributed.on_rank0(lambda: _settle(folder, asdict(cfg) | {"model": path}, cfg.overwrite))
+    engine = open_sampler(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
     sampling = Sampling(cfg.response_tokens, cfg.temperature, cfg.top_p)
 
     console.print(f"{model}: responses and results in {folder}")
     for name, problems in asked.items():
 
-        def sample(piece: Sequence[Problem], first: int, stream: str = f"{cfg.seed}/{name}") -> list[Rollout]:
-            return rollout.sample(engine, tokenizer, piece, cfg.samples, sampling, stream, first)
+        def sample(
+            piece: Sequence[Problem], first: int, stream: str = f"{cfg.seed}/{name}"
+        ) -> list[Rollout]:
+            return rollout.sample_responses(
+                engine, tokenizer, piece, cfg.samples, sampling, stream, first
+            )
 
         answered = _answered(cfg, folder / f"{name}.jsonl", problems, sample, grader, console)
         if distributed.rank() == 0:
             left_out = len(chosen[name]) - len(problems)
-            _record(folder / "results.json", name, summary(answered, grader.equal) | {"left_out": left_out})
+            _record(
+                folder / "results.json",
+                name,
+                summary(answered, grader.equal) | {"left_out": left_out},
+            )
     engine.close()
 
 
 def _spaced(problems: list[Problem], limit: int) -> list[Problem]:
-    return [problems[i * len(problems) // limit] for i in range(limit)] if 0 < limit < len(problems) else problems
+    return (
+        [problems[i * len(problems) // limit] for i in range(limit)]
+        if 0 < limit < len(problems)
+        else problems
+    )
 
 
 def _settle(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -184,8 +228,12 @@ def _settle(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     settings, file = {name: settings[name] for name in names}, folder / "settings.json"
     if file.exists() and not overwrite:
         then = json.loads(file.read_text())
-        if differs := ", ".join(f"{n} {then.get(n)} → {settings[n]}" for n in names if then.get(n) != settings[n]):
-            raise ValueError(f"{folder} has results under other settings ({differs}); pass another --out or --overwrite")
+        if differs := ", ".join(
+            f"{n} {then.get(n)} → {settings[n]}" for n in names if then.get(n) != settings[n]
+        ):
+            raise ValueError(
+                f"{folder} has results under other settings ({differs}); pass another --out or --overwrite"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.jsonl"), folder / "results.json"]:
@@ -199,16 +247,19 @@ def _answered(
 ) -> list[Rollout]:  # fmt: skip
     """Responses to a whole benchmark, graded; those in `file` already are read from there. They are sampled some problems
     at a time, enough to keep the engine's rows busy, and each such piece is on the disk before the next is sampled."""
-    answered = distributed.once(lambda: _earlier(file, problems, cfg.samples))
+    answered = distributed.on_rank0(lambda: _earlier(file, problems, cfg.samples))
     done, total, began = len(answered), len(problems) * cfg.samples, time.perf_counter()
-    size = max(1, 4 * cfg.rows * distributed.size() // cfg.samples)
+    size = max(1, 4 * cfg.max_num_seqs * distributed.world_size() // cfg.samples)
     columns = (TextColumn(f"{file.stem:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     writes = file if distributed.rank() == 0 else Path(os.devnull)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, writes.open("a") as out:
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        writes.open("a") as out,
+    ):
         bar = progress.add_task("", total=total, completed=done)
         for first in range(done // cfg.samples, len(problems), size):
-            piece = gathered(score(sample(problems[first : first + size], first), grader))
+            piece = gather_rollouts(score(sample(problems[first : first + size], first), grader))
             for r in piece:
                 print(json.dumps(rollout.transcript(r), ensure_ascii=False), file=out)
             out.flush()
@@ -230,10 +281,12 @@ def _earlier(file: Path, problems: list[Problem], samples: int) -> list[Rollout]
         file.unlink(missing_ok=True)
         return []
     os.truncate(file, sum(map(len, lines[:whole])))
-    found = rollout.read(file, ids=False)
+    found = rollout.load_rollouts(file, ids=False)
     for i, r in enumerate(found):
         if i >= len(problems) * samples or r.problem.question != problems[i // samples].question:
-            raise ValueError(f"{file}: line {i + 1} answers a problem that the set no longer has there; pass --overwrite")
+            raise ValueError(
+                f"{file}: line {i + 1} answers a problem that the set no longer has there; pass --overwrite"
+            )
         r.problem = problems[i // samples]
     return found
 
@@ -248,15 +301,22 @@ def _record(file: Path, name: str, result: dict[str, float]) -> None:
 def table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
     """One row for each benchmark and model."""
     shown = Table(box=SIMPLE)
-    for heading in "benchmark model problems k avg@k ± pass@k maj@k length format truncated timeout".split():
+    for (
+        heading
+    ) in "benchmark model problems k avg@k ± pass@k maj@k length format truncated timeout".split():
         shown.add_column(heading, justify="left" if heading in ("benchmark", "model") else "right")
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         for model, sets in results.items():
             if r := sets.get(name):
                 problems = f"{r['problems']}" + (f" (−{r['left_out']})" if r["left_out"] else "")
                 k, half = r["samples"], (r["high"] - r["low"]) / 2
-                scores = [f"{100 * x:.1f}" for x in (r["reward"], half, r[f"pass@{k}"], r[f"maj@{k}"])]
-                rest = [f"{r['length']:.0f}", *(f"{r[m]:.3f}" for m in ("format", "truncated", "timeout"))]
+                scores = [
+                    f"{100 * x:.1f}" for x in (r["reward"], half, r[f"pass@{k}"], r[f"maj@{k}"])
+                ]
+                rest = [
+                    f"{r['length']:.0f}",
+                    *(f"{r[m]:.3f}" for m in ("format", "truncated", "timeout")),
+                ]
                 shown.add_row(name, model, problems, f"{k}", *scores, *rest)
     return shown
 
@@ -282,10 +342,18 @@ def recorded(cfg: Evaluation, grader: Grader) -> Table:
         shown.add_column(heading, justify="left" if heading == "set" else "right")
     for name in [*sorted(groups.keys() - {"all"}), "all"]:
         d = describe(groups[name])
-        judged = [(r.reward, label) for r, label in zip(groups[name], labels[name], strict=True) if not math.isnan(label)]
+        judged = [
+            (r.reward, label)
+            for r, label in zip(groups[name], labels[name], strict=True)
+            if not math.isnan(label)
+        ]
         agree = mean([float(reward == label) for reward, label in judged])
-        scores = [f"{100 * x:.2f}" for x in (d["reward"], mean([label for _, label in judged]), agree)]
-        shown.add_row(name, f"{len(groups[name])}", *scores, f"{d['format']:.3f}", f"{d['timeout']:.3f}")
+        scores = [
+            f"{100 * x:.2f}" for x in (d["reward"], mean([label for _, label in judged]), agree)
+        ]
+        shown.add_row(
+            name, f"{len(groups[name])}", *scores, f"{d['format']:.3f}", f"{d['timeout']:.3f}"
+        )
     return shown
 
 
@@ -293,12 +361,20 @@ def _recorded(place: str, row: Any) -> Rollout:
     """A recorded response as a rollout without ids; ValueError naming place and field."""
     texts = []
     for names in (("response", "pred"), ("gold", "answer")):
-        text = next((row[name] for name in names if name in row), None) if isinstance(row, dict) else None
+        text = (
+            next((row[name] for name in names if name in row), None)
+            if isinstance(row, dict)
+            else None
+        )
         if not isinstance(text, str):
-            raise ValueError(f"{place}: field {' or '.join(names)}: expected text, found {text!r:.60}")
+            raise ValueError(
+                f"{place}: field {' or '.join(names)}: expected text, found {text!r:.60}"
+            )
         texts.append(text)
     problem = Problem(str(row.get("problem", row.get("problem_id", place))), "", texts[1])
-    return Rollout(problem, [0] * int(row.get("tokens", 0)), [], row.get("finish", "stop"), texts[0])
+    return Rollout(
+        problem, [0] * int(row.get("tokens", 0)), [], row.get("finish", "stop"), texts[0]
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Advantages Â_t and value targets of every response token.
 
     The paper writes Â_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V(s_{t+1}) − V(s_t). The same quantity through the
@@ -39,7 +41,11 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, la
     >>> gae(r, v, torch.tensor([3]), gamma=1.0, lam=0.0)[0]  # the one-step errors δ_t
     tensor([0.1000, 0.3000, 0.1000])
     """
-    if rewards.shape != values.shape or int(lengths.sum()) != rewards.numel() or int(lengths.min()) < 1:
+    if (
+        rewards.shape != values.shape
+        or int(lengths.sum()) != rewards.numel()
+        or int(lengths.min()) < 1
+    ):
         raise ValueError(
             f"gae: rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and lengths summing to "
             f"{int(lengths.sum())} (shortest {int(lengths.min())}) do not describe the same responses"
@@ -47,7 +53,9 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, la
     r, v = rewards.float(), values.float()
     targets = torch.empty_like(v)
     last = lengths.cumsum(0) - 1  # (B,) flat index of each response's last token
-    for back in range(int(lengths.max())):  # all responses at once, from their last tokens towards their first
+    for back in range(
+        int(lengths.max())
+    ):  # all responses at once, from their last tokens towards their first
         t = (last - back)[lengths > back]
         if back == 0:
             targets[t] = r[t]
@@ -63,13 +71,13 @@ def last_token_rewards(R: Tensor, lengths: Tensor) -> Tensor:
     return r
 
 
-def normalise(advantages: Tensor, eps: float = 1e-8) -> Tensor:
+def normalize_advantages(advantages: Tensor, eps: float = 1e-8) -> Tensor:
     """Batch-level advantage normalisation (§3.1): (Â − mean) / std over all N response tokens of the step.
 
     The variance is the population's and is kept ≥ eps, so that a batch of equal advantages gives zeros, not NaN.
     Value targets are never normalised.
 
-    >>> normalise(torch.tensor([1.0, 2.0, 3.0]))
+    >>> normalize_advantages(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.2247,  0.0000,  1.2247])
     """
     a = advantages.float()

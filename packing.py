@@ -6,7 +6,7 @@ A micro-batch is one row in which whole sequences stand one after another ("samp
 
     input_ids      p  p  p  a  b | q  q  d        the last token of a sequence is never an input: nothing follows it
     position_ids   0  1  2  3  4 | 0  1  2        restart, so that rotary angles are those of A and B alone
-    action_at            2  3  4 |    6  7        the token *before* an action: its hidden state gives
+    predict_index            2  3  4 |    6  7        the token *before* an action: its hidden state gives
                          ↓  ↓  ↓      ↓  ↓        log π(a_t|s_t) and V(s_t) alike
     actions              a  b  c      d  e
     flat                 0  1  2      3  4        the action's place in the step's flat (N,) vectors (see gae.py)
@@ -33,38 +33,45 @@ class MicroBatch(NamedTuple):
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T)
-    boundaries: Tensor  # (S + 1,) int32: where each sequence begins and the last one ends
-    longest: int  # input tokens of the longest sequence
-    action_at: Tensor  # (n,)
+    cu_seqlens: Tensor  # (S + 1,) int32: where each sequence begins and the last one ends
+    max_seqlen: int  # input tokens of the max_seqlen sequence
+    predict_index: Tensor  # (n,)
     actions: Tensor  # (n,)
     flat: Tensor  # (n,)
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout], members: Sequence[int], max_tokens: int, device: torch.device | str = "cpu"
+    rollouts: Sequence[Rollout],
+    members: Sequence[int],
+    max_tokens: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """This rank's rows of the rollouts numbered `members`, each of at most `max_tokens` input tokens (a longer sequence
     gets a row of its own). All ranks get the same number of rows, since sharded models compute in step; a filler row
     holds one sequence and no actions, and so adds nothing to any sum."""
     starts = [0]
     for rollout in rollouts:
-        starts.append(starts[-1] + len(rollout.ids))
-    inputs = {i: len(rollouts[i].problem.prompt_ids) + len(rollouts[i].ids) - 1 for i in members}
-    for row in rows_of_ranks(inputs, max_tokens, distributed.size())[distributed.rank()]:
-        yield _pack(rollouts, row or [min(inputs, key=inputs.__getitem__)], starts, device, filler=not row)
+        starts.append(starts[-1] + len(rollout.token_ids))
+    inputs = {
+        i: len(rollouts[i].problem.prompt_ids) + len(rollouts[i].token_ids) - 1 for i in members
+    }
+    for row in assign_packs(inputs, max_tokens, distributed.world_size())[distributed.rank()]:
+        yield _pack(
+            rollouts, row or [min(inputs, key=inputs.__getitem__)], starts, device, filler=not row
+        )
 
 
-def rows_of_ranks(inputs: dict[int, int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+def assign_packs(inputs: dict[int, int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
     """Which sequences stand in which row of which rank; `inputs` are their input tokens by number.
 
     A rank's own sequences are packed in order of length. Rows of like lengths waste least (`packed_attention`); which
     share a row changes neither loss nor gradient.
 
-    >>> rows_of_ranks({0: 5, 1: 9, 2: 4, 3: 6, 4: 7}, max_tokens=11, ranks=2)
+    >>> assign_packs({0: 5, 1: 9, 2: 4, 3: 6, 4: 7}, max_tokens=11, ranks=2)
     [[[0], [1]], [[2, 3], [4]]]
     """
     dealt = []
-    for own in deal(inputs, ranks):
+    for own in balance(inputs, ranks):
         rows: list[list[int]] = []
         for i in reversed(own):
             if not rows or sum(inputs[j] for j in rows[-1]) + inputs[i] > max_tokens:
@@ -75,9 +82,9 @@ def rows_of_ranks(inputs: dict[int, int], max_tokens: int, ranks: int) -> list[l
     return [rows + [[]] * (most - len(rows)) for rows in dealt]
 
 
-def deal(sizes: dict[int, int], hands: int) -> list[list[int]]:
-    """Numbered sizes in near-equal hands: the largest first, each to the lightest hand."""
-    dealt, load = [[] for _ in range(hands)], [0] * hands
+def balance(sizes: dict[int, int], num_bins: int) -> list[list[int]]:
+    """Numbered sizes in near-equal num_bins: the largest first, each to the lightest hand."""
+    dealt, load = [[] for _ in range(num_bins)], [0] * num_bins
     for i in sorted(sizes, key=lambda i: -sizes[i]):
         lightest = load.index(min(load))
         dealt[lightest].append(i)
@@ -86,27 +93,31 @@ def deal(sizes: dict[int, int], hands: int) -> list[list[int]]:
 
 
 def _pack(
-    rollouts: Sequence[Rollout], row: list[int], starts: list[int], device: torch.device | str, filler: bool = False
+    rollouts: Sequence[Rollout],
+    row: list[int],
+    starts: list[int],
+    device: torch.device | str,
+    filler: bool = False,
 ) -> MicroBatch:
-    tokens, positions, action_at, actions, flat, boundaries = [], [], [], [], [], [0]
+    tokens, positions, predict_index, actions, flat, cu_seqlens = [], [], [], [], [], [0]
     for i in row:
-        prompt, response = rollouts[i].problem.prompt_ids, rollouts[i].ids
+        prompt, response = rollouts[i].problem.prompt_ids, rollouts[i].token_ids
         sequence = [*prompt, *response]
         first = len(tokens) + len(prompt) - 1  # the last prompt token predicts the first action
         tokens += sequence[:-1]
         positions += range(len(sequence) - 1)
-        action_at += range(first, first + len(response))
+        predict_index += range(first, first + len(response))
         actions += response
         flat += range(starts[i], starts[i] + len(response))
-        boundaries.append(len(tokens))
+        cu_seqlens.append(len(tokens))
 
     def tensor(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    longest = max(b - a for a, b in pairwise(boundaries))
+    max_seqlen = max(b - a for a, b in pairwise(cu_seqlens))
     return MicroBatch(
-        tensor(tokens)[None], tensor(positions)[None], tensor(boundaries, torch.int32), longest,
-        tensor([] if filler else action_at), tensor([] if filler else actions), tensor([] if filler else flat),
+        tensor(tokens)[None], tensor(positions)[None], tensor(cu_seqlens, torch.int32), max_seqlen,
+        tensor([] if filler else predict_index), tensor([] if filler else actions), tensor([] if filler else flat),
     )  # fmt: skip
 
 
@@ -118,19 +129,22 @@ def mini_batches(lengths: Sequence[int], count: int, seed: str) -> list[list[int
     [[0], [3, 2, 1]]
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    return deal({i: lengths[i] for i in order}, min(count, len(lengths)))
+    return balance({i: lengths[i] for i in order}, min(count, len(lengths)))
 
 
 @torch.no_grad()
-def over_tokens(
-    quantity: Callable[[MicroBatch], Tensor], rollouts: Sequence[Rollout], max_tokens: int, device: torch.device | str
+def forward_all_tokens(
+    quantity: Callable[[MicroBatch], Tensor],
+    rollouts: Sequence[Rollout],
+    max_tokens: int,
+    device: torch.device | str,
 ) -> Tensor:
     """A per-token quantity of all responses, flat (N,), computed row by row without gradient and put together from all
     ranks."""
-    flat = torch.zeros(sum(len(r.ids) for r in rollouts), device=device)
+    flat = torch.zeros(sum(len(r.token_ids) for r in rollouts), device=device)
     for micro in micro_batches(rollouts, range(len(rollouts)), max_tokens, device):
         flat[micro.flat] = quantity(micro)
-    return distributed.total(flat)
+    return distributed.all_reduce_sum(flat)
 
 
 def hidden_states(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
@@ -139,34 +153,45 @@ def hidden_states(model: PreTrainedModel, micro: MicroBatch) -> Tensor:
         input_ids=micro.input_ids,
         position_ids=micro.position_ids,
         use_cache=False,
-        boundaries=micro.boundaries,
-        longest=micro.longest,
+        cu_seqlens=micro.cu_seqlens,
+        max_seqlen=micro.max_seqlen,
     )
-    return out.last_hidden_state[0, micro.action_at]
+    return out.last_hidden_state[0, micro.predict_index]
 
 
 def packed_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
-    boundaries: Tensor, longest: int, scaling: float, sliding_window: int | None = None, **_: Any,
+    cu_seqlens: Tensor, max_seqlen: int, scaling: float, sliding_window: int | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention of each sequence of a packed row to itself; query (1, heads, T, d) → (1, T, heads, d).
 
-    The row is unfolded to (S, heads, longest, d), each sequence left-aligned. What stands behind a short sequence is
+    The row is unfolded to (S, heads, max_seqlen, d), each sequence left-aligned. What stands behind a short sequence is
     the beginning of its neighbour: causality keeps the real queries from looking that far, and the outputs of the rest
     are dropped. Models find it under the name "packed" (transformers' attention interface), which, having no mask
     function of its own, also keeps transformers from building a mask.
     """
     if sliding_window is not None:
-        raise ValueError("packed attention has no sliding window; use a model whose layers attend to the whole sequence")
-    S, T = len(boundaries) - 1, query.shape[2]
-    at = torch.arange(T, device=query.device, dtype=boundaries.dtype)
-    sequence = torch.searchsorted(boundaries, at, right=True) - 1
-    fold = sequence * longest + at - boundaries[sequence]  # place in the row → place in the unfolded one
-    unfold = (boundaries[:-1, None] + torch.arange(longest, device=query.device)).clamp(max=T - 1).flatten()  # and back
+        raise ValueError(
+            "packed attention has no sliding window; use a model whose layers attend to the whole sequence"
+        )
+    S, T = len(cu_seqlens) - 1, query.shape[2]
+    at = torch.arange(T, device=query.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens, at, right=True) - 1
+    fold = (
+        sequence * max_seqlen + at - cu_seqlens[sequence]
+    )  # place in the row → place in the unfolded one
+    unfold = (
+        (cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=query.device))
+        .clamp(max=T - 1)
+        .flatten()
+    )  # and back
     q, k, v = (
-        x[0].transpose(0, 1).index_select(0, unfold).unflatten(0, (S, longest)).transpose(1, 2) for x in (query, key, value)
-    )  # (S, heads, longest, d)
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        x[0].transpose(0, 1).index_select(0, unfold).unflatten(0, (S, max_seqlen)).transpose(1, 2)
+        for x in (query, key, value)
+    )  # (S, heads, max_seqlen, d)
+    out = scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, fold)[None], None
 
 

@@ -11,7 +11,10 @@ import distributed
 from distributed import Sharding
 from packing import MicroBatch, hidden_states
 
-CHUNK = {"cpu": 2**19, "cuda": 2**27}  # logits alive at once: what a cache holds, and 883 tokens of Qwen's vocabulary;
+CHUNK = {
+    "cpu": 2**19,
+    "cuda": 2**27,
+}  # logits alive at once: what a cache holds, and 883 tokens of Qwen's vocabulary;
 LEAST = 128  # but of so many tokens at least, since every chunk reads the whole head
 
 
@@ -22,13 +25,17 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            raise ValueError(f"{type(model).__name__}: a vocabulary head with a bias is not supported")
+            raise ValueError(
+                f"{type(model).__name__}: a vocabulary head with a bias is not supported"
+            )
 
     def forward(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log π_θ(a_t|s_t) of each action and, for logging, the entropy of π_θ(·|s_t); both (n,) float32. Prompt positions
         are dropped before the vocabulary head."""
         h = hidden_states(self.model, micro)  # (n, H)
-        return TokenLogProbs.apply(h, self.model.get_output_embeddings().weight, micro.actions, temperature)
+        return TokenLogProbs.apply(
+            h, self.model.get_output_embeddings().weight, micro.actions, temperature
+        )
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -43,7 +50,9 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, W: Tensor, actions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, h: Tensor, W: Tensor, actions: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         logp, log_z, entropy = (torch.empty(len(h), device=h.device) for _ in range(3))
         for part, logits, memory in _logits(h, W, temperature):
             top = logits.amax(-1)
@@ -93,6 +102,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
 def load_policy(path: str, sharding: Sharding = Sharding()) -> Policy:  # noqa: B008
     """The base model in float32 (master weights), over all ranks. Dropout stays off: PPO's ratio compares two passes over
     the same weights, and must be 1 when nothing changed."""
-    policy = Policy(distributed.load(AutoModelForCausalLM, path).eval())
-    distributed.shard(policy, sharding)
+    policy = Policy(distributed.load_pretrained(AutoModelForCausalLM, path).eval())
+    distributed.apply_fsdp(policy, sharding)
     return policy

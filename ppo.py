@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, eps: float = 0.2) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logp: Tensor, logp_old: Tensor, advantages: Tensor, clip_eps: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """Clipped policy objective, Eq. 1 with the sign of a loss:
 
         L = − Σ_t min( ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t ),      ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
@@ -30,11 +32,13 @@ def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, eps: float =
     tensor(-2.2000)
     """
     ratio = (logp - logp_old).exp()
-    plain, clip = ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages
+    plain, clip = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(plain, clip).sum(), clip < plain
 
 
-def value_loss(values: Tensor, targets: Tensor, values_old: Tensor | None = None, clip: float = 0.0) -> Tensor:
+def value_loss(
+    values: Tensor, targets: Tensor, values_old: Tensor | None = None, clip: float = 0.0
+) -> Tensor:
     """Value objective, Eq. 2: ½ Σ_t (V_φ(s_t) − G_t)². All shapes (n,), targets and values_old without gradient.
 
     With clip > 0 the form of the authors' code, which lets a value move at most `clip` away from values_old:
@@ -72,7 +76,9 @@ def kl(logp: Tensor, logp_ref: Tensor, estimator: str = "k3") -> Tensor:
     raise ValueError(f"kl estimator {estimator!r}: expected k1, k2 or k3")
 
 
-def kl_shaped_rewards(rewards: Tensor, logp: Tensor, logp_ref: Tensor, beta: float, estimator: str = "k1") -> Tensor:
+def kl_shaped_rewards(
+    rewards: Tensor, logp: Tensor, logp_ref: Tensor, beta: float, estimator: str = "k1"
+) -> Tensor:
     """KL as a reward penalty (Fig. 8): r_t − β KL_t, shapes (N,)."""
     return rewards - beta * kl(logp, logp_ref, estimator).detach()
 
@@ -83,7 +89,9 @@ def truncated_is(logp: Tensor, logp_sampler: Tensor, cap: float) -> Tensor:
     return (logp - logp_sampler).exp().clamp(max=cap).detach()
 
 
-def learning_rate(step: int, base: float, warmup: int, anneal_steps: int = 0, anneal_to: float = 0.0) -> float:
+def learning_rate(
+    step: int, base: float, warmup: int, anneal_steps: int = 0, anneal_to: float = 0.0
+) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant; or linear annealing.
 
     The warm-up runs 1/warmup, 2/warmup, … 1, so the first step already learns (the authors' scheduler starts at 0 and
@@ -101,15 +109,17 @@ def learning_rate(step: int, base: float, warmup: int, anneal_steps: int = 0, an
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
     """AdamW as in §3.1: β = (0.9, 0.95), no weight decay; fused, without copies. The rate is set before each step."""
-    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
+    )
 
 
-def optimizer_step(optimizer: torch.optim.AdamW, lr: float, max_norm: float = 1.0) -> float:
-    """Clip the gradient norm to `max_norm`, take one step at `lr`, clear the gradients; returns the norm before clipping.
+def optimizer_step(optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float = 1.0) -> float:
+    """Clip the gradient norm to `max_grad_norm`, take one step at `lr`, clear the gradients; returns the norm before clipping.
 
     Raises FloatingPointError, with nothing changed, when the norm is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm is {norm}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import distributed
 from data import Problem
-from hf_sampler import Sampling, TransformersEngine, VllmEngine
+from hf_sampler import HFSampler, Sampling, VllmSampler
 
 
 @dataclass
@@ -23,17 +23,17 @@ class Rollout:
     graded, R ∈ {0, 1}."""
 
     problem: Problem
-    ids: list[int]
+    token_ids: list[int]
     logprobs: list[float]
-    finish: str
+    finish_reason: str
     text: str
     answer: str = ""
     reward: float = 0.0
     timeout: bool = False
 
 
-def sample(
-    engine: VllmEngine | TransformersEngine,
+def sample_responses(
+    engine: VllmSampler | HFSampler,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     count: int,
@@ -49,15 +49,17 @@ def sample(
     matters, and a resumed run draws it again. `first` is the place of the first problem, where these are a part of more. Of
     the ranks that share an engine the first one answers.
     """
-    engines, number = distributed.size() // engine.ranks, distributed.rank() // engine.ranks
+    engines, number = distributed.world_size() // engine.ranks, distributed.rank() // engine.ranks
     share = [divmod(k, count) for k in range(number, len(problems) * count, engines)]
     streams = [_number(f"{seed}/{first + p}") for p in range(len(problems))]
-    samples = engine.generate([problems[p].prompt_ids for p, _ in share], [streams[p] + i for p, i in share], sampling)
+    samples = engine.generate(
+        [problems[p].prompt_ids for p, _ in share], [streams[p] + i for p, i in share], sampling
+    )
     if distributed.rank() % engine.ranks:
         return []
-    texts = tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=False)
+    texts = tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=False)
     return [
-        Rollout(problems[p], s.ids, s.logprobs, s.finish, text)
+        Rollout(problems[p], s.token_ids, s.logprobs, s.finish_reason, text)
         for (p, _), s, text in zip(share, samples, texts, strict=True)
     ]
 
@@ -66,26 +68,28 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest())
 
 
-def gathered(mine: list[Rollout]) -> list[Rollout]:
+def gather_rollouts(mine: list[Rollout]) -> list[Rollout]:
     """The responses of all ranks, problem by problem, on every rank."""
-    parts = [part for part in distributed.gather(mine) if part]
+    parts = [part for part in distributed.all_gather_objects(mine) if part]
     return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
 
 
-def sync(engine: VllmEngine | TransformersEngine, policy: torch.nn.Module) -> None:
+def sync_weights(engine: VllmSampler | HFSampler, policy: torch.nn.Module) -> None:
     """Give the engine every weight of the policy, gathered from the ranks one parameter at a time. The head is passed by
     name even where it is tied to the embedding and a state dict may not list it: vLLM would go on with the new body and
     the old head, without an error."""
     weights = dict(policy.model.named_parameters())
     weights["lm_head.weight"] = policy.model.get_output_embeddings().weight
-    engine.load_weights((name, distributed.full(weight, engine.dtype)) for name, weight in weights.items())
+    engine.load_weights(
+        (name, distributed.full_tensor(weight, engine.dtype)) for name, weight in weights.items()
+    )
 
 
 def transcript(r: Rollout) -> dict[str, Any]:
     """A rollout as one JSON object for people: texts, not ids."""
     return {
         "problem": r.problem.source, "question": r.problem.question, "gold": r.problem.answer, "response": r.text,
-        "answer": r.answer, "reward": r.reward, "finish": r.finish, "tokens": len(r.ids), "timeout": r.timeout,
+        "answer": r.answer, "reward": r.reward, "finish": r.finish_reason, "tokens": len(r.token_ids), "timeout": r.timeout,
     }  # fmt: skip
 
 
@@ -97,13 +101,13 @@ def transcripts(
     token's text, id, log-probability as sampled, V(s_t) (unless `values` is None) and Â_t, to four digits. Values and
     advantages are flat (N,), in the order of `rollouts`. Where the texts of the tokens are not the response, these are
     left out."""
-    starts = [0, *accumulate(len(r.ids) for r in rollouts)]
+    starts = [0, *accumulate(len(r.token_ids) for r in rollouts)]
     kept = _spread(range(len(rollouts)), keep)
     detailed = _spread(kept, keep_tokens)
     for i in kept:
         r, here, per_token = rollouts[i], slice(starts[i], starts[i + 1]), {}
-        if i in detailed and "".join(texts := pieces(tokenizer, r.ids)) == r.text:
-            per_token = {"pieces": texts, "ids": r.ids, "logprobs": _short(r.logprobs)}
+        if i in detailed and "".join(texts := pieces(tokenizer, r.token_ids)) == r.text:
+            per_token = {"pieces": texts, "ids": r.token_ids, "logprobs": _short(r.logprobs)}
             per_token |= {} if values is None else {"values": _short(values[here].tolist())}
             per_token["advantages"] = _short(advantages[here].tolist())
         yield transcript(r) | per_token
@@ -137,18 +141,22 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def write(path: Path, rollouts: Sequence[Rollout], ids: bool = True) -> None:
+def save_rollouts(path: Path, rollouts: Sequence[Rollout], ids: bool = True) -> None:
     """Rollouts as JSON lines; with `ids`, and log-probabilities, `read` makes the same rollouts of them again. Written
     beside and renamed, by whichever rank calls."""
     beside = path.with_name(f"{path.name}.{distributed.rank()}.tmp")
     with beside.open("w") as file:
         for r in rollouts:
-            exact = {"prompt_ids": r.problem.prompt_ids, "ids": r.ids, "logprobs": r.logprobs} if ids else {}
+            exact = (
+                {"prompt_ids": r.problem.prompt_ids, "ids": r.token_ids, "logprobs": r.logprobs}
+                if ids
+                else {}
+            )
             print(json.dumps(transcript(r) | exact, ensure_ascii=False), file=file)
     beside.replace(path)
 
 
-def read(path: Path, ids: bool = True) -> list[Rollout]:
+def load_rollouts(path: Path, ids: bool = True) -> list[Rollout]:
     """Rollouts that `write` left. Of those it left without ids only the number of tokens is known: they are zeros.
     Raises ValueError naming file, line and what is missing."""
     rollouts = []
@@ -156,10 +164,16 @@ def read(path: Path, ids: bool = True) -> list[Rollout]:
         for number, line in enumerate(file, 1):
             try:
                 r = json.loads(line)
-                exact = (r["prompt_ids"], r["ids"], r["logprobs"]) if ids else ((), [0] * r["tokens"], [])
+                exact = (
+                    (r["prompt_ids"], r["ids"], r["logprobs"])
+                    if ids
+                    else ((), [0] * r["tokens"], [])
+                )
                 problem = Problem(r["problem"], r["question"], r["gold"], tuple(exact[0]))
                 graded = (r["response"], r["answer"], r["reward"], r["timeout"])
                 rollouts.append(Rollout(problem, exact[1], exact[2], r["finish"], *graded))
-            except (json.JSONDecodeError, KeyError) as wrong:
-                raise ValueError(f"{path}: line {number}: not a saved rollout ({wrong!r})") from None
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}: line {number}: not a saved rollout ({error!r})"
+                ) from None
     return rollouts

@@ -21,7 +21,10 @@ from pathlib import Path
 
 from curation import curate, formats
 
-FILES = ["orz_train/orz_math_57k_first2048_w_num_correct.json", "orz_train/orz_math_72k_first2725.json"]
+FILES = [
+    "orz_train/orz_math_57k_first2048_w_num_correct.json",
+    "orz_train/orz_math_72k_first2725.json",
+]
 FILES += ["math/math_train_7474.json", "gsm8k/train.jsonl"]
 
 
@@ -34,16 +37,24 @@ def problems(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str,
                 question, answer = formats.question_answer(item)
             except ValueError:
                 continue
-            originals.append((re.sub(r"^\s*\d+\.\s", "", question), answer))  # a copy would move the problem's number
+            originals.append(
+                (re.sub(r"^\s*\d+\.\s", "", question), answer)
+            )  # a copy would move the problem's number
     for k in range(count):
         question, answer = originals[k % len(originals)]
         if k < len(originals):
             yield {"question": question, "answer": answer, "copy": False}
         elif rng.random() < 0.05:
             sentences = re.split(r"(?<=[a-z$][.?]) (?=[A-Z])", question)
-            yield {"question": " ".join(sentences[1:] + sentences[:1]), "answer": answer, "copy": True}
+            yield {
+                "question": " ".join(sentences[1:] + sentences[:1]),
+                "answer": answer,
+                "copy": True,
+            }
         else:
-            other = re.sub(r"\d+", lambda number: str(int(number[0][:9]) + rng.randint(1, 10**6)), question)
+            other = re.sub(
+                r"\d+", lambda number: str(int(number[0][:9]) + rng.randint(1, 10**6)), question
+            )
             yield {"question": other, "answer": str(rng.randint(0, 10**6)), "copy": False}
 
 
@@ -64,7 +75,9 @@ def main() -> None:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     memory = [u.ru_maxrss / 2**20 for u in used]
     cpu = sum(u.ru_utime + u.ru_stime for u in used)
-    print(f"{count:,} rows in {seconds:.0f} s ({cpu:.0f} s of processor), {count / seconds:,.0f} rows/s")
+    print(
+        f"{count:,} rows in {seconds:.0f} s ({cpu:.0f} s of processor), {count / seconds:,.0f} rows/s"
+    )
     print(f"peak memory {memory[0]:.2f} GB, largest worker {memory[1]:.2f} GB")
     print(f"{1 - len(copies & kept) / len(copies):.4f} of {len(copies):,} copies removed")
 

@@ -81,7 +81,9 @@ START = 120  # seconds that a run end to end may take; vLLM compiles and records
 COLUMNS = ["what", "model", "tokens", "setting", "seconds", "step seconds", "tokens/s", "TFLOP/s", "MFU %", "peak GB",
            "plan GB", "GB/s", "difference", "note"]  # fmt: skip
 Trained = tuple[Policy | Critic, torch.optim.AdamW]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (1, heads, T, d), k and v of fewer heads → (1, T, heads, d)
+Attention = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # q (1, heads, T, d), k and v of fewer heads → (1, T, heads, d)
 
 
 class Scale(NamedTuple):
@@ -101,7 +103,9 @@ MODELS = {name: plan.SHAPES[name] for name in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qw
 CHUNKS = [2**i for i in range(24, 30)]
 FULL = Scale(MODELS, (16384, 4096, 32768), 128, 1024, (8192, 16384), 8192, CHUNKS, {"steps": 10})
 FEW = {"steps": 2, "prompts": 2, "samples": 2, "response_tokens": 8, "critic_steps": 2}
-TOY = Scale({"toy": (64, 2, 2, 1, 128, 512, True)}, (256, 512), 8, 64, (256,), 128, [2**13, 2**15], FEW)
+TOY = Scale(
+    {"toy": (64, 2, 2, 1, 128, 512, True)}, (256, 512), 8, 64, (256,), 128, [2**13, 2**15], FEW
+)
 
 
 class Measurement(NamedTuple):
@@ -125,7 +129,14 @@ def planned(scale: Scale, folder: Path, base: Callable[[], Path]) -> list[Measur
         setting = ("" if sharding.activation_checkpointing else "no ") + "checkpointing"
         setting += (", compiled" if GPU else ", compiled on GPUs only") * sharding.compile
         measure = partial(update, scale, folder, name, role, tokens, sharding)
-        add(f"{role} update", measure, 60 if sharding.compile else 20, model=name, tokens=tokens, setting=setting)
+        add(
+            f"{role} update",
+            measure,
+            60 if sharding.compile else 20,
+            model=name,
+            tokens=tokens,
+            setting=setting,
+        )
 
     for side in scale.squares:
         add("matrix product", partial(matrix_product, side), setting=f"{side:,} × {side:,}")
@@ -134,7 +145,14 @@ def planned(scale: Scale, folder: Path, base: Callable[[], Path]) -> list[Measur
         what = {"policy": "log-prob pass", "critic": "value pass"}[role]
         add(what, partial(predict, scale, folder, name, role, tokens), model=name, tokens=tokens)
     for name, way in product(larger, ways()):
-        add("attention", partial(attention, scale, name, tokens, way), 30, model=name, tokens=tokens, setting=way)
+        add(
+            "attention",
+            partial(attention, scale, name, tokens, way),
+            30,
+            model=name,
+            tokens=tokens,
+            setting=way,
+        )
     for name, role in product(names, roles):
         add_update(name, role, tokens, PLAIN)
     add_update(main, "policy", tokens, CHECKPOINTING._replace(compile=True))
@@ -142,11 +160,23 @@ def planned(scale: Scale, folder: Path, base: Callable[[], Path]) -> list[Measur
         labels = {"model": name, "tokens": scale.head_tokens, "setting": f"{chunk:,} logits"}
         add("log-prob head", partial(head, scale, folder, name, chunk), **labels)
     for engine in ("transformers", *["vllm"] * (GPU and find_spec("vllm") is not None)):
-        add("tiny end to end", partial(end_to_end, scale, folder, base, engine), START, model="tiny", setting=engine)
+        add(
+            "tiny end to end",
+            partial(end_to_end, scale, folder, base, engine),
+            START,
+            model="tiny",
+            setting=engine,
+        )
     for name, role, count in product(names, roles, others):
         add_update(name, role, count, CHECKPOINTING)
     add("offload", partial(offload, scale, main), 20, model=main, setting="policy and moments")
-    add("checkpoint", partial(save, scale, folder, main), 60, model=main, setting="policy and moments")
+    add(
+        "checkpoint",
+        partial(save, scale, folder, main),
+        60,
+        model=main,
+        setting="policy and moments",
+    )
     for name, role, count in product(names, roles, others):
         add_update(name, role, count, PLAIN)
     return found
@@ -165,10 +195,19 @@ def run(measurements: list[Measurement], budget: float) -> tuple[list[Row], list
             if failed:  # not in the handler, where the exception's frames still hold on to tensors
                 let_go()
             failed, row = False, measure()
-        except Exception as wrong:
-            failed, row = True, {"note": f"failed: {type(wrong).__name__}: {str(wrong).strip().partition(chr(10))[0]}"}
+        except Exception as error:
+            failed, row = (
+                True,
+                {
+                    "note": f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                },
+            )
         rows.append(labels | row)
-        print(f"{time.perf_counter() - BEGAN:6.1f} s  {name}: {json.dumps(row)}", file=sys.stderr, flush=True)
+        print(
+            f"{time.perf_counter() - BEGAN:6.1f} s  {name}: {json.dumps(row)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return rows, left_out
 
 
@@ -200,7 +239,9 @@ def peak() -> Iterator[Row]:
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
 
 
-OPEN: dict[tuple[str, str, Sharding], Trained] = {}  # one at most: measurements of one model follow each other
+OPEN: dict[
+    tuple[str, str, Sharding], Trained
+] = {}  # one at most: measurements of one model follow each other
 
 
 def opened(scale: Scale, name: str, role: str, sharding: Sharding) -> Trained:
@@ -209,9 +250,11 @@ def opened(scale: Scale, name: str, role: str, sharding: Sharding) -> Trained:
         let_go()
         auto = AutoModelForCausalLM if role == "policy" else AutoModelForSequenceClassification
         with torch.device(distributed.device()):
-            model = auto.from_config(config(scale, name), dtype=torch.float32, attn_implementation="packed").eval()
+            model = auto.from_config(
+                config(scale, name), dtype=torch.float32, attn_implementation="packed"
+            ).eval()
         module = Policy(model) if role == "policy" else Critic(model)
-        distributed.shard(module, sharding, getattr(model, "score", None))
+        distributed.apply_fsdp(module, sharding, getattr(model, "score", None))
         OPEN[name, role, sharding] = module, ppo.adamw(list(module.parameters()))
     return OPEN[name, role, sharding]
 
@@ -225,16 +268,27 @@ def let_go() -> None:
 
 def config(scale: Scale, name: str) -> Qwen2Config:
     """Qwen2.5's configuration in the sizes of that name."""
-    sizes = dict(zip([*plan.FIELDS, "tie_word_embeddings"], scale.models[name.removesuffix(HEAD)], strict=True))
+    sizes = dict(
+        zip(
+            [*plan.FIELDS, "tie_word_embeddings"],
+            scale.models[name.removesuffix(HEAD)],
+            strict=True,
+        )
+    )
     narrow = {"num_hidden_layers": 1, "intermediate_size": 64} if name.endswith(HEAD) else {}
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    return Qwen2Config(**sizes | narrow, num_labels=1, max_position_embeddings=32768, rope_parameters=rope)
+    return Qwen2Config(
+        **sizes | narrow, num_labels=1, max_position_embeddings=32768, rope_parameters=rope
+    )
 
 
 def cfg_of(scale: Scale, folder: Path, name: str, micro: MicroBatch, sharding: Sharding) -> Config:
     """The same as settings of a run, for tools/plan.py."""
     config(scale, name).save_pretrained(folder / name)
-    known = {"micro_tokens": micro.input_ids.numel(), "activation_checkpointing": sharding.activation_checkpointing}
+    known = {
+        "micro_tokens": micro.input_ids.numel(),
+        "activation_checkpointing": sharding.activation_checkpointing,
+    }
     return Config(model=str(folder / name), gpus=int(GPU), **known)
 
 
@@ -251,7 +305,10 @@ def packed(lengths: list[int], prompt: int, vocabulary: int) -> MicroBatch:
     """One row of random sequences with responses of these lengths."""
     rng = random.Random(0)
     problem = Problem("", "", "", tuple(rng.choices(range(vocabulary), k=prompt)))
-    rollouts = [Rollout(problem, rng.choices(range(vocabulary), k=n), [0.0] * n, "stop", "") for n in lengths]
+    rollouts = [
+        Rollout(problem, rng.choices(range(vocabulary), k=n), [0.0] * n, "stop", "")
+        for n in lengths
+    ]
     tokens = sum(lengths) + prompt * len(lengths)
     (row,) = packing.micro_batches(rollouts, range(len(rollouts)), tokens, distributed.device())
     return row
@@ -263,13 +320,20 @@ def row_of(scale: Scale, name: str, tokens: int) -> MicroBatch:
 
 def operations(shape: plan.Shape, micro: MicroBatch, role: str) -> float:
     """Of a forward pass, as plan.work counts them."""
-    length = micro.boundaries.diff().double()
-    body = shape.layers * (2 * shape.layer * length + 2 * shape.heads * shape.head_size * length**2).sum()
+    length = micro.cu_seqlens.diff().double()
+    body = (
+        shape.layers
+        * (2 * shape.layer * length + 2 * shape.heads * shape.head_size * length**2).sum()
+    )
     return float(body) + 2 * shape.vocab * shape.hidden * len(micro.actions) * (role == "policy")
 
 
 def rates(micro: MicroBatch, seconds: float, flops: float) -> Row:
-    return {"seconds": seconds, "tokens/s": micro.input_ids.numel() / seconds, "TFLOP/s": flops / seconds / 1e12}
+    return {
+        "seconds": seconds,
+        "tokens/s": micro.input_ids.numel() / seconds,
+        "TFLOP/s": flops / seconds / 1e12,
+    }
 
 
 def reckoned(cfg: Config, role: str, step: bool) -> float:
@@ -281,7 +345,11 @@ def reckoned(cfg: Config, role: str, step: bool) -> float:
 
 def memory() -> float:
     """GB that tensors may take of the GPU, with a margin for what the allocator loses between them; on a CPU no limit."""
-    return 0.95 * (torch.cuda.get_device_properties(0).total_memory - plan.CONTEXT) / 1e9 if GPU else float("inf")
+    return (
+        0.95 * (torch.cuda.get_device_properties(0).total_memory - plan.CONTEXT) / 1e9
+        if GPU
+        else float("inf")
+    )
 
 
 def passes(module: Policy | Critic, micro: MicroBatch, A: Tensor) -> None:
@@ -294,15 +362,23 @@ def passes(module: Policy | Critic, micro: MicroBatch, A: Tensor) -> None:
     (loss / len(A)).backward()
 
 
-def update(scale: Scale, folder: Path, name: str, role: str, tokens: int, sharding: Sharding) -> Row:
+def update(
+    scale: Scale, folder: Path, name: str, role: str, tokens: int, sharding: Sharding
+) -> Row:
     """The passes, and the optimizer's step. What by tools/plan.py would fill the GPU is left out: the step, or all."""
     micro = row_of(scale, name, tokens)
     cfg = cfg_of(scale, folder, name, micro, sharding)
     whole, without = (reckoned(cfg, role, step) for step in (True, False))
     if without > memory():
-        return {"plan GB": without, "note": "too large by tools/plan.py, even without the optimizer"}
+        return {
+            "plan GB": without,
+            "note": "too large by tools/plan.py, even without the optimizer",
+        }
     module, optimizer = opened(scale, name, role, sharding)
-    A, parameters = torch.randn(len(micro.actions), device=distributed.device()), list(module.parameters())
+    A, parameters = (
+        torch.randn(len(micro.actions), device=distributed.device()),
+        list(module.parameters()),
+    )
     once, with_step = partial(passes, module, micro, A), whole <= memory()
     if not with_step:
         optimizer.state.clear()  # moments that shorter rows left
@@ -312,7 +388,9 @@ def update(scale: Scale, folder: Path, name: str, role: str, tokens: int, shardi
             p.grad = gradient
         ppo.optimizer_step(optimizer, lr=1e-6)
 
-    with torch.compiler.set_stance("default" if GPU else "force_eager"):  # a CPU would compile for a minute
+    with torch.compiler.set_stance(
+        "default" if GPU else "force_eager"
+    ):  # a CPU would compile for a minute
         once()
         if with_step:
             ppo.optimizer_step(optimizer, lr=1e-6)  # makes the moments
@@ -321,7 +399,11 @@ def update(scale: Scale, folder: Path, name: str, role: str, tokens: int, shardi
             gradients = [p.grad for p in parameters]  # a step clears them
             row |= {"step seconds": timed(step)} if with_step else {}
     optimizer.zero_grad(set_to_none=True)
-    row |= {"plan GB": whole} if with_step else {"plan GB": without, "note": f"no optimizer: {whole:.0f} GB by tools/plan.py"}
+    row |= (
+        {"plan GB": whole}
+        if with_step
+        else {"plan GB": without, "note": f"no optimizer: {whole:.0f} GB by tools/plan.py"}
+    )
     return row | rates(micro, span, 3 * operations(plan.shape(cfg.model), micro, role))
 
 
@@ -335,7 +417,9 @@ def predict(scale: Scale, folder: Path, name: str, role: str, tokens: int) -> Ro
         with peak() as row:
             span = timed(partial(module, micro))
     if role == "critic":
-        items = ["critic weights", "activations", "gathered weights"] + ["critic moments"] * bool(optimizer.state)
+        items = ["critic weights", "activations", "gathered weights"] + ["critic moments"] * bool(
+            optimizer.state
+        )
         row["plan GB"] = sum(plan.memory(cfg)["values"][item] for item in items) / 1e9
     return row | rates(micro, span, operations(plan.shape(cfg.model), micro, role))
 
@@ -364,7 +448,7 @@ def ways() -> dict[str, Callable[[MicroBatch, float], Attention]]:
 
 def unfolded(micro: MicroBatch, scaling: float) -> Attention:
     """What training uses."""
-    known = {"boundaries": micro.boundaries, "longest": micro.longest, "scaling": scaling}
+    known = {"cu_seqlens": micro.cu_seqlens, "longest": micro.max_seqlen, "scaling": scaling}
     return lambda q, k, v: packing.packed_attention(None, q, k, v, None, **known)[0]
 
 
@@ -384,31 +468,39 @@ def varlen(micro: MicroBatch, scaling: float) -> Attention:
     from torch.nn.attention.varlen import varlen_attn
 
     causal: dict[str, object] = {"scale": scaling, "window_size": (-1, 0)}
-    if "enable_gqa" in signature(varlen_attn).parameters:  # releases without it take fewer heads of keys unasked
+    if (
+        "enable_gqa" in signature(varlen_attn).parameters
+    ):  # releases without it take fewer heads of keys unasked
         causal["enable_gqa"] = True
-    at = (micro.boundaries, micro.boundaries, micro.longest, micro.longest)
+    at = (micro.cu_seqlens, micro.cu_seqlens, micro.max_seqlen, micro.max_seqlen)
     return lambda q, k, v: varlen_attn(*tokens_first(q, k, v), *at, **causal)[None]
 
 
 def flash(micro: MicroBatch, scaling: float) -> Attention:
     from flash_attn import flash_attn_varlen_func
 
-    at = (micro.boundaries, micro.boundaries, micro.longest, micro.longest)
-    return lambda q, k, v: flash_attn_varlen_func(*tokens_first(q, k, v), *at, softmax_scale=scaling, causal=True)[None]
+    at = (micro.cu_seqlens, micro.cu_seqlens, micro.max_seqlen, micro.max_seqlen)
+    return lambda q, k, v: flash_attn_varlen_func(
+        *tokens_first(q, k, v), *at, softmax_scale=scaling, causal=True
+    )[None]
 
 
 def flex(micro: MicroBatch, scaling: float) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     of, T = sequence_of(micro), micro.input_ids.numel()
-    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (of[i] == of[j]), None, None, T, T, device=of.device)
+    mask = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (of[i] == of[j]), None, None, T, T, device=of.device
+    )
     compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
+    return lambda q, k, v: compiled(
+        q, k, v, block_mask=mask, scale=scaling, enable_gqa=True
+    ).transpose(1, 2)
 
 
 def sequence_of(micro: MicroBatch) -> Tensor:
     """(T,) which sequence a token belongs to."""
-    lengths = micro.boundaries.diff()
+    lengths = micro.cu_seqlens.diff()
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
 
@@ -420,7 +512,10 @@ def attention(scale: Scale, name: str, tokens: int, way: str) -> Row:
     """One way, timed, and compared with the one that training uses."""
     micro, (hidden, _, heads, kv_heads, *_) = row_of(scale, name, tokens), scale.models[name]
     size, how = hidden // heads, {"device": distributed.device(), "dtype": DTYPE}
-    q, k, v = (torch.randn(1, tokens, n, size, **how).transpose(1, 2).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(1, tokens, n, size, **how).transpose(1, 2).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    )
     g = torch.randn(1, tokens, heads, size, **how)
 
     def both(attend: Attention) -> list[Tensor]:
@@ -432,7 +527,7 @@ def attention(scale: Scale, name: str, tokens: int, way: str) -> Row:
     difference = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
     with peak() as row:
         span = timed(partial(both, this))
-    flops = 3 * 2 * heads * size * float((micro.boundaries.diff().double() ** 2).sum())
+    flops = 3 * 2 * heads * size * float((micro.cu_seqlens.diff().double() ** 2).sum())
     return row | rates(micro, span, flops) | {"difference": difference}
 
 
@@ -454,7 +549,13 @@ def head(scale: Scale, folder: Path, name: str, chunk: int) -> Row:
 def offload(scale: Scale, name: str) -> Row:
     """`distributed.on_device`, as between the phases of a step with --offload."""
     module, optimizer = opened(scale, name, "policy", CHECKPOINTING)
-    size = sum(t.numel() * t.element_size() for t in checkpoint.tensors({"policy": (module, optimizer)}).values()) / 1e9
+    size = (
+        sum(
+            t.numel() * t.element_size()
+            for t in checkpoint.tensors({"policy": (module, optimizer)}).values()
+        )
+        / 1e9
+    )
     spans = []
     for _ in range(3):
         start = now()
@@ -462,7 +563,9 @@ def offload(scale: Scale, name: str) -> Row:
             loaded = now()
         spans.append((loaded - start, now() - loaded))
     let_go()
-    back, there = (min(span) for span in zip(*spans[1:], strict=True))  # at first all was on the GPU still
+    back, there = (
+        min(span) for span in zip(*spans[1:], strict=True)
+    )  # at first all was on the GPU still
     note = f"to the host {there:.2g} s, to the GPU {back:.2g} s"
     return {"seconds": back + there, "GB/s": 2 * size / (back + there), "note": note}
 
@@ -471,12 +574,18 @@ def save(scale: Scale, folder: Path, name: str) -> Row:
     """`checkpoint.Checkpoints`: the loop stands still while tensors are copied, and a thread writes them."""
     module, optimizer = opened(scale, name, "policy", CHECKPOINTING)
     start = now()
-    with checkpoint.Checkpoints(folder / "checkpoints", Config(), {"policy": (module, optimizer)}) as checkpoints:
+    with checkpoint.Checkpoints(
+        folder / "checkpoints", Config(), {"policy": (module, optimizer)}
+    ) as checkpoints:
         checkpoints.save(1, [])
         copied = now() - start
     written = now() - start
     size = sum(file.stat().st_size for file in (folder / "checkpoints" / "step-1").iterdir()) / 1e9
-    return {"seconds": written, "GB/s": size / written, "note": f"{size:.3g} GB; the loop stands still for {copied:.2g} s"}
+    return {
+        "seconds": written,
+        "GB/s": size / written,
+        "note": f"{size:.3g} GB; the loop stands still for {copied:.2g} s",
+    }
 
 
 def end_to_end(scale: Scale, folder: Path, base: Callable[[], Path], engine: str) -> Row:
@@ -486,15 +595,31 @@ def end_to_end(scale: Scale, folder: Path, base: Callable[[], Path], engine: str
     flags = TINY | scale.train | {"model": path, "data": path / "train.json"}
     flags |= {"engine": engine, "name": engine, "runs": folder}
     command = [sys.executable, str(ROOT / "train.py")]
-    command += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of this process's group
-    env = {name: value for name, value in os.environ.items() if name not in ours} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=START)
+    command += [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    ours = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )  # of this process's group
+    env = {name: value for name, value in os.environ.items() if name not in ours} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=START
+    )
     if done.returncode:
         raise RuntimeError(f"train.py: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     first, *steps = map(json.loads, (folder / engine / "metrics.jsonl").open())
     names = {"seconds": "seconds", "tokens/s": "tokens_per_second"}
-    return {key: median(step[name] for step in steps) for key, name in names.items()} | {"difference": first["logp_gap"]}
+    return {key: median(step[name] for step in steps) for key, name in names.items()} | {
+        "difference": first["logp_gap"]
+    }
 
 
 def raw_base(folder: Path) -> Path:
@@ -513,9 +638,16 @@ def finished_base(process: subprocess.Popen) -> Path:
 
 def finished(rows: list[Row], left_out: list[str]) -> tuple[list[Row], list[str]]:
     """The rows with MFU and all columns, and the notes."""
-    rate = max((row.get("TFLOP/s", 0) for row in rows if row["what"] == "matrix product"), default=0)
-    shares = [{"MFU %": 100 * row["TFLOP/s"] / rate} if rate and "TFLOP/s" in row else {} for row in rows]
-    table = [{column: (row | share).get(column) for column in COLUMNS} for row, share in zip(rows, shares, strict=True)]
+    rate = max(
+        (row.get("TFLOP/s", 0) for row in rows if row["what"] == "matrix product"), default=0
+    )
+    shares = [
+        {"MFU %": 100 * row["TFLOP/s"] / rate} if rate and "TFLOP/s" in row else {} for row in rows
+    ]
+    table = [
+        {column: (row | share).get(column) for column in COLUMNS}
+        for row, share in zip(rows, shares, strict=True)
+    ]
     kind = str(DTYPE).removeprefix("torch.")
     notes = [f"MFU is the share of {rate:.3g} TFLOP/s, the faster matrix product ({kind})."]
     return table, notes + [f"No time was left for: {'; '.join(left_out)}."] * bool(left_out)
@@ -524,18 +656,25 @@ def finished(rows: list[Row], left_out: list[str]) -> tuple[list[Row], list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="a toy model, on a CPU too")
-    parser.add_argument("--budget", type=float, default=440, help="seconds after which nothing more is begun")
+    parser.add_argument(
+        "--budget", type=float, default=440, help="seconds after which nothing more is begun"
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of gpu.json")
     args = parser.parse_args()
     if not (GPU or args.toy):
-        sys.exit("benchmarks/gpu.py: there is no GPU; --toy runs every measurement with a toy model on a CPU")
+        sys.exit(
+            "benchmarks/gpu.py: there is no GPU; --toy runs every measurement with a toy model on a CPU"
+        )
     log.versions()  # part of the record; what is missing should show now, and not after all measurements
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.toy:
             base = partial(raw_base, folder)
         else:  # two minutes of a CPU, while the GPU is measured
-            base = partial(finished_base, subprocess.Popen([sys.executable, "-m", "toy.tiny"], cwd=ROOT, stdout=sys.stderr))
+            base = partial(
+                finished_base,
+                subprocess.Popen([sys.executable, "-m", "toy.tiny"], cwd=ROOT, stdout=sys.stderr),
+            )
         distributed.start(timeout_minutes=10)
         rows, left_out = run(planned(TOY if args.toy else FULL, folder, base), args.budget)
     record.record("gpu", "Training on one GPU", *finished(rows, left_out), args.out)

@@ -50,7 +50,9 @@ def final(text: str) -> str:
             run = [found.pop()]
             while found and joined(text[found[-1].end() : run[0].start()]):
                 run.insert(0, found.pop())
-            contents = [next((group for group in match.groups() if group), match.group()) for match in run]
+            contents = [
+                next((group for group in match.groups() if group), match.group()) for match in run
+            ]
             percent = re.match(r"\$?\s*(?:\\?%|percent)", text[run[-1].end() :])
             return ", ".join(content.strip() for content in contents) + ("\\%" if percent else "")
     return text
@@ -68,7 +70,9 @@ def dollars(text: str) -> str:
 
 def math_verify(gold: str, pred: str, params: dict) -> bool:
     targets = [MATCH[name] for name in params.get("match_types", MATCH)]
-    options = {name: params[name] for name in ("strict", "allow_set_relation_comp") if name in params}
+    options = {
+        name: params[name] for name in ("strict", "allow_set_relation_comp") if name in params
+    }
     if "precision" in params:
         options["float_rounding"] = params["precision"]
     try:
@@ -98,7 +102,10 @@ def answer_tests(grader: Grader, folder: Path) -> list[dict]:
     results, wrong = [], []
     for row, grade, gold in zip(tests, grades, golds, strict=True):
         form = str if row["pred_form"] == "text" else dollars
-        theirs = [math_verify(form(row["gold"]), form(row["pred"]), params) for params in (row["params"], {})]
+        theirs = [
+            math_verify(form(row["gold"]), form(row["pred"]), params)
+            for params in (row["params"], {})
+        ]
         right = [verdict == row["expected"] for verdict in (grade.reward, *theirs)]
         results.append((f"{row['kind']} ({row['pred_form']})", *right))
         if not right[0]:
@@ -109,7 +116,10 @@ def answer_tests(grader: Grader, folder: Path) -> list[dict]:
 
 def responses(grader: Grader, path: Path) -> list[dict]:
     answered = rows(path)
-    texts = [r["pred"] if r["fmt"] == "orz_think_answer" else f"<answer>{r['pred_answer']}</answer>" for r in answered]
+    texts = [
+        r["pred"] if r["fmt"] == "orz_think_answer" else f"<answer>{r['pred_answer']}</answer>"
+        for r in answered
+    ]
     golds = [row["gold"] for row in answered]
     grader.check_golds(["1"])  # the workers are up before the clock starts
     start = time.perf_counter()
@@ -117,20 +127,42 @@ def responses(grader: Grader, path: Path) -> list[dict]:
     seconds = time.perf_counter() - start
     results, wrong, cache = [], [], {}
     for row, text, grade in zip(answered, texts, grades, strict=True):
-        pred = text.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "</answer>" in text else ""
+        pred = (
+            text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+            if "</answer>" in text
+            else ""
+        )
         key = (dollars(row["gold"]), dollars(pred))
         if key not in cache:
             cache[key] = bool(pred) and math_verify(*key, {})
-        ours_right, theirs_right = grade.reward == row["expected"], cache[key] == bool(row["expected"])
+        ours_right, theirs_right = (
+            grade.reward == row["expected"],
+            cache[key] == bool(row["expected"]),
+        )
         results.append((f"{row['set']} ({row['fmt']})", ours_right, theirs_right))
         if not ours_right:
             wrong.append(row | {"got": grade.answer})
     table(path.name, ("ours", "Math-Verify, default"), results)
     orz = [r for r, row in zip(results, answered, strict=True) if row["fmt"] == "orz_think_answer"]
-    table("all sets of the paper's format", ("ours", "Math-Verify, default"), [("orz_think_answer", *r[1:]) for r in orz])
-    compared = len({(gold, grade.answer) for gold, grade in zip(golds, grades, strict=True) if grade.answer != gold})
-    print(f"\n{len(texts) / seconds:.0f} responses/s with {len(grader._workers)} workers: {seconds:.1f} s, ", end="")
-    print(f"{compared} different pairs to compare, {sum(grade.timeout for grade in grades)} timeouts")
+    table(
+        "all sets of the paper's format",
+        ("ours", "Math-Verify, default"),
+        [("orz_think_answer", *r[1:]) for r in orz],
+    )
+    compared = len(
+        {
+            (gold, grade.answer)
+            for gold, grade in zip(golds, grades, strict=True)
+            if grade.answer != gold
+        }
+    )
+    print(
+        f"\n{len(texts) / seconds:.0f} responses/s with {len(grader._workers)} workers: {seconds:.1f} s, ",
+        end="",
+    )
+    print(
+        f"{compared} different pairs to compare, {sum(grade.timeout for grade in grades)} timeouts"
+    )
     return wrong
 
 
@@ -144,7 +176,9 @@ def main() -> None:
         wrong += responses(grader, data / "responses" / "responses.jsonl")
     print("\nDisagreements of ours (expected | gold | answer)")
     for row in wrong:
-        print(f"  {row.get('set') or row['kind']}: {row['expected']} | {row['gold']} | {row['got'][-100:]}")
+        print(
+            f"  {row.get('set') or row['kind']}: {row['expected']} | {row['gold']} | {row['got'][-100:]}"
+        )
 
 
 if __name__ == "__main__":

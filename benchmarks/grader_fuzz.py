@@ -35,7 +35,19 @@ import data
 from grading.pool import Grade, Grader, Pair
 
 SPLICES = "^{9^9} ! { } \\frac \x00 \\int ( \\sum_{k=1}^{99} ^ | \\begin{cases}".split()
-GOLDS = ["1/4", "7", "-\\frac{3}{5}", "2\\sqrt{3}", "(1, 2)", "[0, 1)", "x^2 + 1", "\\{1, 2, 3\\}", "12.5", "90^\\circ", "C"]
+GOLDS = [
+    "1/4",
+    "7",
+    "-\\frac{3}{5}",
+    "2\\sqrt{3}",
+    "(1, 2)",
+    "[0, 1)",
+    "x^2 + 1",
+    "\\{1, 2, 3\\}",
+    "12.5",
+    "90^\\circ",
+    "C",
+]
 
 
 # ── hostile answers, one function per kind ───────────────────────────────────────────────────────────────────────────
@@ -45,7 +57,15 @@ def tower(rng: random.Random) -> str:
     answer = str(rng.randint(2, 99))
     for _ in range(rng.randint(2, 7)):
         answer = f"{rng.randint(2, 99)}^{{{answer}}}"
-    forms = ["{}", "{} + 1", "\\sqrt{{{}}}", "\\frac{{1}}{{{}}}", "\\sin({})", "x^{{{}}}", "\\log({})"]
+    forms = [
+        "{}",
+        "{} + 1",
+        "\\sqrt{{{}}}",
+        "\\frac{{1}}{{{}}}",
+        "\\sin({})",
+        "x^{{{}}}",
+        "\\log({})",
+    ]
     return rng.choice(forms).format(answer)
 
 
@@ -53,14 +73,18 @@ def factorial(rng: random.Random) -> str:
     answer = f"{rng.randint(5, 10 ** rng.randint(1, 12))}!"
     for _ in range(rng.randint(0, 4)):
         answer = f"({answer})!"
-    return rng.choice(["{}", "{} - 1", "\\frac{{{}}}{{3!}}", "\\binom{{10^{{9}}}}{{7}} + {}"]).format(answer)
+    return rng.choice(
+        ["{}", "{} - 1", "\\frac{{{}}}{{3!}}", "\\binom{{10^{{9}}}}{{7}} + {}"]
+    ).format(answer)
 
 
 def huge(rng: random.Random) -> str:
     digits = str(rng.randint(1, 9)) * rng.randint(100, 1900)
     power = f"10^{{{rng.randint(10**6, 10**15)}}}"
     exponent = f"1e{rng.randint(10**4, 10**9)}"
-    return rng.choice([digits, digits + "^{99}", f"{power} - 1", f"7 \\cdot {power}", exponent, f"0.{digits}"])
+    return rng.choice(
+        [digits, digits + "^{99}", f"{power} - 1", f"7 \\cdot {power}", exponent, f"0.{digits}"]
+    )
 
 
 def deep(rng: random.Random) -> str:
@@ -73,7 +97,9 @@ def deep(rng: random.Random) -> str:
 
 
 def unclosed(rng: random.Random) -> str:
-    pieces = "\\frac{ \\left( \\right. { \\begin{pmatrix} \\sqrt[ $ \\( \\boxed{ } 1 x ^ _ &".split()
+    pieces = (
+        "\\frac{ \\left( \\right. { \\begin{pmatrix} \\sqrt[ $ \\( \\boxed{ } 1 x ^ _ &".split()
+    )
     return "".join(rng.choices(pieces, k=rng.randint(2, 60)))
 
 
@@ -83,11 +109,16 @@ def long(rng: random.Random) -> str:
 
 
 def bytes_(rng: random.Random) -> str:
-    return "".join(rng.choice("\x00\x07\ud800\udfff\u202e\ufeff１²½∞\n\t 1x+{") for _ in range(rng.randint(1, 80)))
+    return "".join(
+        rng.choice("\x00\x07\ud800\udfff\u202e\ufeff１²½∞\n\t 1x+{")
+        for _ in range(rng.randint(1, 80))
+    )
 
 
 def calculus(rng: random.Random) -> str:
-    body = rng.choice(["\\sin(x^{x^x})", "e^{x^2} \\cos(x^3)", "\\frac{1}{x^5+x+1}", "\\sqrt{\\tan x}", "x^x"])
+    body = rng.choice(
+        ["\\sin(x^{x^x})", "e^{x^2} \\cos(x^3)", "\\frac{1}{x^5+x+1}", "\\sqrt{\\tan x}", "x^x"]
+    )
     n = 10 ** rng.randint(3, 15)
     return rng.choice(
         [f"\\int_0^1 {body} dx", f"\\frac{{d}}{{dx}} {body}", f"\\sum_{{x=1}}^{{{n}}} {body}",
@@ -116,7 +147,21 @@ def many(rng: random.Random) -> str:
 
 
 def regex(rng: random.Random) -> str:
-    units = ["1 ", "1,", "\\text{", "\\text{a", "a ", "1\\", "\\sqrt (", "\\! ", "0.1\\overline{", "st ", "A.", "or ", "x="]
+    units = [
+        "1 ",
+        "1,",
+        "\\text{",
+        "\\text{a",
+        "a ",
+        "1\\",
+        "\\sqrt (",
+        "\\! ",
+        "0.1\\overline{",
+        "st ",
+        "A.",
+        "or ",
+        "x=",
+    ]
     unit = rng.choice(units)
     return unit * rng.randint(20, 480 // len(unit)) + rng.choice(["", "!", "}", " or", "th", "="])
 
@@ -150,12 +195,23 @@ def ordinary(count: int, seed: int) -> list[Pair]:
     rng = random.Random(seed)
     golds = [f"\\frac{{{rng.randint(1, 999)}}}{{{rng.randint(2, 99)}}}" for _ in range(count)]
     if folder := os.environ.get("ORZ_DATA"):
-        golds = [p.answer for path in sorted(Path(folder, "orz_train").glob("*.json")) for p in data.load(path)]
+        golds = [
+            p.answer
+            for path in sorted(Path(folder, "orz_train").glob("*.json"))
+            for p in data.load(path)
+        ]
     pairs = []
     for _ in range(count):
         gold = rng.choice(golds)
         wrong = re.sub(r"\d(?!.*\d)", lambda digit: str((int(digit[0]) + 1) % 10), gold, flags=re.S)
-        pairs.append((gold, rng.choice([gold, f"$ {gold} $.", f"x = {gold}", gold.replace("\\frac", "\\dfrac"), wrong])))
+        pairs.append(
+            (
+                gold,
+                rng.choice(
+                    [gold, f"$ {gold} $.", f"x = {gold}", gold.replace("\\frac", "\\dfrac"), wrong]
+                ),
+            )
+        )
     return pairs
 
 
@@ -168,7 +224,9 @@ class Watched(Grader):
     left: frozenset[Pair] | set[Pair] = frozenset()
     seconds = start = 0.0
 
-    def _turn(self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]) -> None:
+    def _turn(
+        self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]
+    ) -> None:
         before = len(verdicts)
         super()._turn(waiting, verdicts, retried)
         for pair in islice(reversed(verdicts), len(verdicts) - before):
@@ -177,7 +235,9 @@ class Watched(Grader):
                 self.seconds = time.perf_counter() - self.start
 
 
-def timed(pairs: list[Pair], watched: set[Pair], workers: int) -> tuple[dict[Pair, Grade], float, float]:
+def timed(
+    pairs: list[Pair], watched: set[Pair], workers: int
+) -> tuple[dict[Pair, Grade], float, float]:
     """The grade of each pair, the seconds until the last of `watched` had its own, and the seconds of all. The pool is a
     fresh one, so nothing is remembered, and ready before the clock starts."""
     with Watched(workers) as grader:
@@ -188,15 +248,25 @@ def timed(pairs: list[Pair], watched: set[Pair], workers: int) -> tuple[dict[Pai
             warnings.simplefilter("ignore")  # of the share of timeouts; it is printed below
             grades = grader.grade(responses, [gold for gold, _ in pairs])
         seconds = time.perf_counter() - grader.start
-        for worker in grader._workers:  # let them leave by themselves, so that their memory is known
+        for (
+            worker
+        ) in grader._workers:  # let them leave by themselves, so that their memory is known
             worker.process.stdin.close()
             worker.process.wait()
     return dict(zip(pairs, grades, strict=True)), grader.seconds, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"hostile": 10_000, "ordinary": 10_000, "repeats": 3, "workers": 2, "seed": 0}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "hostile": 10_000,
+        "ordinary": 10_000,
+        "repeats": 3,
+        "workers": 2,
+        "seed": 0,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     attack = hostile(args.hostile, args.seed)
@@ -211,16 +281,23 @@ def main() -> None:
         graded, seconds, total = timed(mixed, watched, args.workers)
         rates["among"].append(len(plain) / seconds)
         changed = sum(graded[pair] != alone[pair] for pair in plain)
-        print(f"{repeat}: ordinary answers/s {rates['alone'][-1]:.0f} alone, {rates['among'][-1]:.0f} among; ", end="")
+        print(
+            f"{repeat}: ordinary answers/s {rates['alone'][-1]:.0f} alone, {rates['among'][-1]:.0f} among; ",
+            end="",
+        )
         print(f"{changed} verdicts changed; all {len(mixed)} in {total:.0f} s", flush=True)
     alone, among = (statistics.median(rates[name]) for name in rates)
     print(f"medians {alone:.0f} and {among:.0f}: {100 * (among / alone - 1):+.1f} %")
-    print(f"peak memory of a worker: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10:.0f} MiB")
+    print(
+        f"peak memory of a worker: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10:.0f} MiB"
+    )
     print(f"{'hostile':<14}{'answers':>8}{'different':>10}{'timeouts':>9}{'paid':>6}")
     for i, kind in enumerate(KINDS):
         grades = [graded[pair] for pair in attack[i :: len(KINDS)]]
         late, paid = sum(grade.timeout for grade in grades), sum(grade.reward for grade in grades)
-        print(f"{kind.__name__:<14}{len(grades):>8}{len(set(attack[i :: len(KINDS)])):>10}{late:>9}{paid:>6.0f}")
+        print(
+            f"{kind.__name__:<14}{len(grades):>8}{len(set(attack[i :: len(KINDS)])):>10}{late:>9}{paid:>6.0f}"
+        )
 
 
 if __name__ == "__main__":

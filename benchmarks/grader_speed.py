@@ -34,7 +34,9 @@ def processes(session: int) -> list[float]:
     used = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = file.read_text().rpartition(")")[2].split()  # from the third: state, parent, group, session …
+            fields = (
+                file.read_text().rpartition(")")[2].split()
+            )  # from the third: state, parent, group, session …
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended since it was listed
         if int(fields[3]) == session:
@@ -46,7 +48,9 @@ def measure(workers: int, texts: list[str], golds: list[str]) -> dict[str, float
     """Grade all responses once with a new grader."""
     with Grader(workers) as grader:
         sessions = [worker.process.pid for worker in grader._workers]
-        while any(len(processes(session)) < 2 for session in sessions):  # the child is forked after the imports
+        while any(
+            len(processes(session)) < 2 for session in sessions
+        ):  # the child is forked after the imports
             time.sleep(0.1)
         before, own = sum(sum(processes(session)) for session in sessions), time.process_time()
         start = time.perf_counter()
@@ -55,7 +59,10 @@ def measure(workers: int, texts: list[str], golds: list[str]) -> dict[str, float
         pids = [worker.process.pid for worker in grader._workers]
         if pids != sessions:
             raise RuntimeError("a worker was replaced: its seconds of processor are lost")
-        cpu, own = sum(sum(processes(session)) for session in sessions) - before, time.process_time() - own
+        cpu, own = (
+            sum(sum(processes(session)) for session in sessions) - before,
+            time.process_time() - own,
+        )
         compared = len(grader._known)  # what workers gave a verdict on
     return {
         "seconds": seconds,
@@ -77,7 +84,10 @@ def main() -> None:
     if "ORZ_DATA" not in os.environ:
         sys.exit("ORZ_DATA is not set: the folder that holds responses/")
     answered = rows(Path(os.environ["ORZ_DATA"]) / "responses" / "responses.jsonl")
-    texts = [r["pred"] if r["fmt"] == "orz_think_answer" else f"<answer>{r['pred_answer']}</answer>" for r in answered]
+    texts = [
+        r["pred"] if r["fmt"] == "orz_think_answer" else f"<answer>{r['pred_answer']}</answer>"
+        for r in answered
+    ]
     golds = [r["gold"] for r in answered]
     measured: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for _ in range(rounds):

@@ -54,8 +54,13 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(0)
     h, W = (torch.randn(*shape, generator=random) for shape in ((n, H), (V, H)))
-    h, W = ((x * scale).to(getattr(torch, dtype)).requires_grad_() for x, scale in ((h, 1.0), (W, 2 / H**0.5)))
-    actions = torch.multinomial((h[:1].detach().float() @ W.detach().float().T).softmax(-1), n, True, generator=random)[0]
+    h, W = (
+        (x * scale).to(getattr(torch, dtype)).requires_grad_()
+        for x, scale in ((h, 1.0), (W, 2 / H**0.5))
+    )
+    actions = torch.multinomial(
+        (h[:1].detach().float() @ W.detach().float().T).softmax(-1), n, True, generator=random
+    )[0]
     g = torch.randn(n, generator=random)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
@@ -71,7 +76,13 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
         logits = h[:256].double() @ W.double().T
         exact = logits.gather(-1, actions[:256, None]).squeeze(-1) - logits.logsumexp(-1)
         error = float((logp[:256] - exact).abs().max())
-    return {"forward s": middle - start, "backward s": end - middle, "sum s": end - start, "GB": grown, "error": error}
+    return {
+        "forward s": middle - start,
+        "backward s": end - middle,
+        "sum s": end - start,
+        "GB": grown,
+        "error": error,
+    }
 
 
 def memory(what: str) -> int:
@@ -81,9 +92,13 @@ def memory(what: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--one", nargs=4, metavar=("METHOD", "N", "H", "DTYPE"), help="one measurement, as JSON")
+    parser.add_argument(
+        "--one", nargs=4, metavar=("METHOD", "N", "H", "DTYPE"), help="one measurement, as JSON"
+    )
     args = parser.parse_args()
     if args.one:
         method, n, H, dtype = args.one
@@ -103,7 +118,12 @@ def main() -> None:
         reference = statistics.median(run["sum s"] for run in found[n, H, dtype, "naive"])
         rows.append({"tokens × H": f"{n:,} × {H}", "inputs": dtype, "way": method, **median})
         rows[-1] |= {"times naive": median["sum s"] / reference}
-    record("logprob", f"Log-probabilities at {V:,} words", rows, [f"Medians of {args.rounds} processes; one thread."])
+    record(
+        "logprob",
+        f"Log-probabilities at {V:,} words",
+        rows,
+        [f"Medians of {args.rounds} processes; one thread."],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a benchmark leaves: a table on the screen, and results/<name>.json with the command, machine, versions and revision.
 
-    python -m benchmarks.record      RESULTS.md anew, from all of results/
+python -m benchmarks.record      RESULTS.md anew, from all of results/
 """
 
 import json
@@ -20,7 +20,9 @@ RESULTS = HERE / "results"
 Row = dict[str, str | float | int | None]  # column → cell
 
 
-def record(name: str, title: str, rows: Sequence[Row], notes: Sequence[str] = (), folder: Path = RESULTS) -> None:
+def record(
+    name: str, title: str, rows: Sequence[Row], notes: Sequence[str] = (), folder: Path = RESULTS
+) -> None:
     """Print the table, with `notes` (sentences) below it, and write <folder>/<name>.json.
 
     A row without some column has an empty cell there. The command is the one that runs now; where the environment has
@@ -49,7 +51,9 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     parts = [f"{os.cpu_count()} × {names[0] if names else platform.machine()}", f"{memory:.0f} GB"]
-    return ", ".join(parts + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
+    return ", ".join(
+        parts + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    )
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -62,7 +66,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(row)} |" for row in table]
     for note in result["notes"]:
         lines += ["", note]
-    return "\n".join([*lines, "", f"*{result['machine']}; {versions}; revision {result['revision']}*", ""])
+    return "\n".join(
+        [*lines, "", f"*{result['machine']}; {versions}; revision {result['revision']}*", ""]
+    )
 
 
 def _texts(result: dict[str, Any], column: str) -> list[bool]:

@@ -9,7 +9,7 @@ settings; medians of the rounds.
 
 | column | meaning |
 |---|---|
-| sample s | drawing as many tokens with `hf_sampler.TransformersEngine`, which no token ends; not in the sum |
+| sample s | drawing as many tokens with `hf_sampler.HFSampler`, which no token ends; not in the sum |
 | values s, critic s, policy s, sum s | phases of the update |
 | ratio | the sum / that of the row above |
 | attention FLOPs | attention's share of the update's operations, as tools/plan.py counts them |
@@ -42,7 +42,7 @@ from benchmarks import record
 from config import Config
 from critic import load_critic
 from data import Problem
-from hf_sampler import Sampling, TransformersEngine
+from hf_sampler import HFSampler, Sampling
 from packing import micro_batches, mini_batches, packed_attention
 from policy import load_policy
 from rollout import Rollout
@@ -88,36 +88,56 @@ def responses(setting: Setting) -> list[Rollout]:
         return [rng.randrange(setting.vocabulary) for _ in range(n)]
 
     problem, zeros = Problem("random:1", "", "", tuple(ids(PROMPT))), [0.0] * setting.length
-    return [Rollout(problem, ids(setting.length), zeros, "stop", "", reward=float(i % 2)) for i in range(setting.batch)]
+    return [
+        Rollout(problem, ids(setting.length), zeros, "stop", "", reward=float(i % 2))
+        for i in range(setting.batch)
+    ]
 
 
 def stepper(path: str) -> Callable[[Setting], Seconds]:
     """Load models, optimizers and a sampler; returns what makes a step of a setting and times its phases."""
-    engine = TransformersEngine(path, tiny.tokenizer(), [0], "float32", "cpu", CFG.rows)
-    engine._may_stop = lambda _: torch.zeros(engine.model.config.vocab_size, dtype=torch.bool)  # all lengths alike
+    engine = HFSampler(path, tiny.tokenizer(), [0], "float32", "cpu", CFG.rows)
+    engine._may_stop = lambda _: torch.zeros(
+        engine.model.config.vocab_size, dtype=torch.bool
+    )  # all lengths alike
     policy, critic = load_policy(path), load_critic(path)
     policy_optimizer, critic_optimizer = (ppo.adamw(list(m.parameters())) for m in (policy, critic))
 
     def step(setting: Setting) -> Seconds:
         rollouts, seconds = responses(setting), {}
-        prompts = [r.problem.prompt_ids for r in rollouts][distributed.rank() :: distributed.size()]
+        prompts = [r.problem.prompt_ids for r in rollouts][
+            distributed.rank() :: distributed.world_size()
+        ]
 
         def timed(phase: str, work: Callable[[], Any]) -> Any:
             start = time.perf_counter()
             result = work()
-            distributed.gather(None)  # until the last rank has done its part
+            distributed.all_gather_objects(None)  # until the last rank has done its part
             seconds[phase] = time.perf_counter() - start
             return result
 
         def values_advantages() -> tuple[torch.Tensor, ...]:
-            values = train.predict(CFG, critic, rollouts)
-            A, targets = train.advantages(CFG, policy, None, rollouts, values)
-            return values, targets, train.normalise(A)
+            values = train.predict_values(CFG, critic, rollouts)
+            A, targets = train.compute_advantages(CFG, policy, None, rollouts, values)
+            return values, targets, train.normalize_advantages(A)
 
-        timed("sample", lambda: engine.generate(prompts, range(len(prompts)), Sampling(setting.length, stop=())))
+        timed(
+            "sample",
+            lambda: engine.generate(
+                prompts, range(len(prompts)), Sampling(setting.length, stop=())
+            ),
+        )
         values, targets, A = timed("values", values_advantages)
-        timed("critic", lambda: train.update_critic(CFG, critic, critic_optimizer, rollouts, values, targets, 0))
-        timed("policy", lambda: train.update_policy(CFG, policy, None, policy_optimizer, rollouts, A, 0))
+        timed(
+            "critic",
+            lambda: train.update_critic(
+                CFG, critic, critic_optimizer, rollouts, values, targets, 0
+            ),
+        )
+        timed(
+            "policy",
+            lambda: train.update_policy(CFG, policy, None, policy_optimizer, rollouts, A, 0),
+        )
         return seconds
 
     return step
@@ -134,15 +154,30 @@ def attention_flops(setting: Setting, shape: plan.Shape) -> float:
 def attention_seconds(setting: Setting, shape: plan.Shape) -> float:
     """Of an update: attention alone, on rows like the update's."""
     rollouts, total = responses(setting), 0.0
-    lengths = [len(r.ids) for r in rollouts]
-    for steps, backward in ((1, False), (CFG.critic_steps, True), (CFG.policy_steps, True)):  # values, critic, policy
+    lengths = [len(r.token_ids) for r in rollouts]
+    for steps, backward in (
+        (1, False),
+        (CFG.critic_steps, True),
+        (CFG.policy_steps, True),
+    ):  # values, critic, policy
         for members in mini_batches(lengths, steps, f"{CFG.seed}/0"):
             for micro in micro_batches(rollouts, members, CFG.micro_tokens):
-                heads, tokens = (shape.heads, shape.kv_heads, shape.kv_heads), micro.input_ids.shape[1]
-                qkv = [torch.randn(1, n, tokens, shape.head_size, requires_grad=backward) for n in heads]
+                heads, tokens = (
+                    (shape.heads, shape.kv_heads, shape.kv_heads),
+                    micro.input_ids.shape[1],
+                )
+                qkv = [
+                    torch.randn(1, n, tokens, shape.head_size, requires_grad=backward)
+                    for n in heads
+                ]
                 start = time.perf_counter()
                 out, _ = packed_attention(
-                    torch.nn.Identity(), *qkv, None, boundaries=micro.boundaries, longest=micro.longest, scaling=0.1
+                    torch.nn.Identity(),
+                    *qkv,
+                    None,
+                    cu_seqlens=micro.cu_seqlens,
+                    max_seqlen=micro.max_seqlen,
+                    scaling=0.1,
                 )
                 if backward:
                     out.backward(torch.ones_like(out))
@@ -152,17 +187,34 @@ def attention_seconds(setting: Setting, shape: plan.Shape) -> float:
 
 def on_ranks(path: str, ranks: int, threads: int) -> Seconds:
     """A step in new processes, `ranks` of them with `threads` each; this file calls itself."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        command = [sys.executable, *launch, __file__, "--step", path, "--threads", str(threads), "--out", str(out)]
+        command = [
+            sys.executable,
+            *launch,
+            __file__,
+            "--step",
+            path,
+            "--threads",
+            str(threads),
+            "--out",
+            str(out),
+        ]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         return json.loads(out.read_text())
 
 
 def row(labels: record.Row, rounds: list[Seconds]) -> record.Row:
     """Medians of the rounds."""
-    phases = {f"{phase} s": median(one[phase] for one in rounds) for phase in ("sample", "values", "critic", "policy")}
+    phases = {
+        f"{phase} s": median(one[phase] for one in rounds)
+        for phase in ("sample", "values", "critic", "policy")
+    }
     sums = median(one["values"] + one["critic"] + one["policy"] for one in rounds)
     return labels | phases | {"sum s": sums, "ratio": None}
 
@@ -170,7 +222,9 @@ def row(labels: record.Row, rounds: list[Seconds]) -> record.Row:
 def tables(rounds: int) -> list[record.Row]:
     """All settings, then one process against two ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {s.vocabulary: random_model(Path(folder), s.vocabulary) for s in DOUBLED["vocabulary"]}
+        paths = {
+            s.vocabulary: random_model(Path(folder), s.vocabulary) for s in DOUBLED["vocabulary"]
+        }
         steps = {vocabulary: stepper(path) for vocabulary, path in paths.items()}
         shapes = {vocabulary: plan.shape(path) for vocabulary, path in paths.items()}
         settings = list(dict.fromkeys(s for group in DOUBLED.values() for s in group))
@@ -182,16 +236,23 @@ def tables(rounds: int) -> list[record.Row]:
                 attention = {"attention": attention_seconds(s, shapes[s.vocabulary])}
                 measured[s].append(steps[s.vocabulary](s) | attention)
             for ranks, threads in ((1, 2), (2, 1)):
-                measured[ranks, threads].append(on_ranks(paths[ON_RANKS.vocabulary], ranks, threads))
+                measured[ranks, threads].append(
+                    on_ranks(paths[ON_RANKS.vocabulary], ranks, threads)
+                )
     table: list[record.Row] = []
     for name, group in DOUBLED.items():
-        rows = [row({"doubled": name, "value": f"{getattr(s, name):,}"}, measured[s]) for s in group]
+        rows = [
+            row({"doubled": name, "value": f"{getattr(s, name):,}"}, measured[s]) for s in group
+        ]
         for s, cells in zip(group, rows, strict=True):
             cells["attention FLOPs"] = attention_flops(s, shapes[s.vocabulary])
             cells["attention s"] = median(one["attention"] for one in measured[s])
         for above, cells in pairwise(rows):
             others = [x["sum s"] - x["attention s"] for x in (above, cells)]
-            cells |= {"ratio": cells["sum s"] / above["sum s"], "other ratio": others[1] / others[0]}
+            cells |= {
+                "ratio": cells["sum s"] / above["sum s"],
+                "other ratio": others[1] / others[0],
+            }
         table += rows
     names = {(1, 2): "1 process, 2 threads", (2, 1): "2 ranks, 1 thread each"}
     pair = [row({"doubled": "ranks", "value": name}, measured[key]) for key, name in names.items()]
@@ -202,7 +263,9 @@ def tables(rounds: int) -> list[record.Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--step", help=argparse.SUPPRESS)  # a model: time a step of ON_RANKS and write it to --out
+    parser.add_argument(
+        "--step", help=argparse.SUPPRESS
+    )  # a model: time a step of ON_RANKS and write it to --out
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -67,10 +67,14 @@ class Bare:
 
     def passes(self, rollouts: list[Rollout], step: int) -> dict[str, float]:
         """Seconds of each, on this step's responses."""
-        cfg, (policy, critic), (policy_optimizer, critic_optimizer) = self.cfg, self.copies, self.optimizers
+        cfg, (policy, critic), (policy_optimizer, critic_optimizer) = (
+            self.cfg,
+            self.copies,
+            self.optimizers,
+        )
         for module, trained in zip(self.copies, self.trained, strict=True):
             module.load_state_dict(trained.state_dict())
-        lengths = [len(r.ids) for r in rollouts]
+        lengths = [len(r.token_ids) for r in rollouts]
         minis = mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")
         packed = [list(micro_batches(rollouts, members, cfg.micro_tokens)) for members in minis]
         whole = list(micro_batches(rollouts, range(len(rollouts)), cfg.micro_tokens))
@@ -88,7 +92,12 @@ class Bare:
                 policy(micro)[0].mean().backward()
             policy_optimizer.step()
             policy_optimizer.zero_grad()
-        return {"sample": self.decoding, "values": values(), "critic": critic_update(), "policy": policy_update()}
+        return {
+            "sample": self.decoding,
+            "values": values(),
+            "critic": critic_update(),
+            "policy": policy_update(),
+        }
 
 
 @contextmanager
@@ -102,12 +111,12 @@ def timed() -> Iterator[Callable[[], float]]:
 def watch(bare: Bare) -> list[dict[str, float]]:
     """Have the training call `bare` between its steps; returns the list that its own phases' seconds will come into."""
     phases: list[dict[str, float]] = []
-    write, load, open_engine = train.RunLog.step, train.load_models, train.open_engine
+    write, load, open_sampler = train.RunLog.step, train.load_models, train.open_sampler
     engines: list[Any] = []
     began = [0.0]
 
     def opened(*args: Any, **kwargs: Any) -> Any:
-        engines.append(open_engine(*args, **kwargs))
+        engines.append(open_sampler(*args, **kwargs))
         return engines[0]
 
     def loaded(cfg: config.Config, path: str) -> Any:
@@ -115,7 +124,9 @@ def watch(bare: Bare) -> list[dict[str, float]]:
         bare.models(engines[0], *models[:2])
         return models
 
-    def step(self: Any, number: int, metrics: dict[str, float], rollouts: list[Rollout], *more: Any) -> None:
+    def step(
+        self: Any, number: int, metrics: dict[str, float], rollouts: list[Rollout], *more: Any
+    ) -> None:
         phases.append(dict(self.seconds))
         write(self, number, metrics, rollouts, *more)
         whole = time.perf_counter() - began[0]
@@ -126,7 +137,7 @@ def watch(bare: Bare) -> list[dict[str, float]]:
         bare.decode(number + 1, train.Sampling(cfg.response_tokens, cfg.temperature, cfg.top_p))
         began[0] = time.perf_counter()
 
-    train.RunLog.step, train.load_models, train.open_engine = step, loaded, opened
+    train.RunLog.step, train.load_models, train.open_sampler = step, loaded, opened
     return phases
 
 
@@ -151,8 +162,19 @@ def main() -> None:
     rows = []
     for name, seconds in mine.items():
         passes = middle([found.get(name, 0.0) for found in bare.seconds])
-        row = {"phase": name, "step, ms": 1e3 * seconds, "bare pass, ms": 1e3 * passes, "more, ms": 1e3 * (seconds - passes)}
-        rows.append(row | {"step ÷ bare": seconds / passes if passes else None, "what more there is": WHAT[name]})
+        row = {
+            "phase": name,
+            "step, ms": 1e3 * seconds,
+            "bare pass, ms": 1e3 * passes,
+            "more, ms": 1e3 * (seconds - passes),
+        }
+        rows.append(
+            row
+            | {
+                "step ÷ bare": seconds / passes if passes else None,
+                "what more there is": WHAT[name],
+            }
+        )
     total = middle(needed)
     sums = {"step, ms": 1e3 * step, "bare pass, ms": 1e3 * total, "more, ms": 1e3 * (step - total)}
     rows.append({"phase": "whole step"} | sums | {"step ÷ bare": step / total})

@@ -4,12 +4,12 @@
 
 Random Qwen2 models in float32, vLLM each in a process of its own: two engines in one interfere. Five times: responses are
 sampled, the policy takes a step on them (`train.update_policy`, at a learning rate that no stale sampler could hide), and
-`rollout.sync` passes the weights on. Medians of the five.
+`rollout.sync_weights` passes the weights on. Medians of the five.
 
 | column | meaning |
 |---|---|
 | MB | what is passed: every parameter, and the head by name also where it is the embedding |
-| sync s, GB/s | seconds of `rollout.sync`; the same bytes a second |
+| sync s, GB/s | seconds of `rollout.sync_weights`; the same bytes a second |
 | first token s, later | one token for each of 4 prompts: the first call after a sync, and the next |
 | gap stale | largest |log-probability of the sampler − of the trainer| after the step, before the sync; least of the five |
 | gap | the same after the sync; largest of the five |
@@ -37,7 +37,7 @@ import train
 from benchmarks import record
 from config import Config
 from data import Problem
-from hf_sampler import Sampling, TransformersEngine, VllmEngine
+from hf_sampler import HFSampler, Sampling, VllmSampler
 from policy import Policy, load_policy
 from toy import tiny
 
@@ -46,7 +46,7 @@ SIZES = {  # vocabulary, hidden size, layers, key-value heads; heads of 32, the 
     "10M": (4096, 320, 6, 2),
     "100M": (16384, 768, 12, 4),
 }
-CFG = Config(policy_lr=1e-3, policy_warmup=0)
+CFG = Config(policy_lr=1e-3, policy_lr_warmup=0)
 PROMPTS, TOKENS, TIMES = 4, 8, 5
 
 
@@ -74,39 +74,46 @@ def seconds(call: Callable[[], object]) -> float:
 def gap(policy: Policy, sampled: Sequence[rollout.Rollout]) -> float:
     """Largest |Δ log-prob| between sampler and trainer."""
     logp = torch.tensor([p for r in sampled for p in r.logprobs])
-    return float((train.logprobs(CFG, policy, sampled) - logp).abs().max())
+    return float((train.compute_logprobs(CFG, policy, sampled) - logp).abs().max())
 
 
 def measure(kind: str, size: str, folder: Path) -> record.Row:
     """One engine beside one policy, in this process."""
     tokenizer = tiny.tokenizer()
-    questions = [Problem(f"sync:{i}", question, "") for i, question in enumerate(tiny.problems(0)[1][:PROMPTS])]
+    questions = [
+        Problem(f"sync:{i}", question, "")
+        for i, question in enumerate(tiny.problems(0)[1][:PROMPTS])
+    ]
     problems = data.tokenize(questions, tokenizer, 64, data.TEMPLATE)
     if kind == "vllm":
-        engine = VllmEngine(str(folder), [tokenizer.eos_token_id], "float32", 128, PROMPTS, 0.4)
+        engine = VllmSampler(str(folder), [tokenizer.eos_token_id], "float32", 128, PROMPTS, 0.4)
     else:
-        engine = TransformersEngine(str(folder), tokenizer, [tokenizer.eos_token_id], "float32", "cpu", PROMPTS)
+        engine = HFSampler(
+            str(folder), tokenizer, [tokenizer.eos_token_id], "float32", "cpu", PROMPTS
+        )
     policy = load_policy(str(folder))
     optimizer = ppo.adamw(list(policy.parameters()))
 
     def sample(tokens: int) -> list[rollout.Rollout]:
-        return rollout.sample(engine, tokenizer, problems, 1, Sampling(tokens), "0")
+        return rollout.sample_responses(engine, tokenizer, problems, 1, Sampling(tokens), "0")
 
-    rollout.sync(engine, policy)
+    rollout.sync_weights(engine, policy)
     syncs, firsts, laters, stale, after = [], [], [], [], []
     sampled = sample(TOKENS)
     for step in range(TIMES):
-        A = torch.cat([torch.full((len(r.ids),), i % 2 - 0.5) for i, r in enumerate(sampled)])
+        A = torch.cat([torch.full((len(r.token_ids),), i % 2 - 0.5) for i, r in enumerate(sampled)])
         train.update_policy(CFG, policy, None, optimizer, sampled, A, step)
         stale.append(gap(policy, sampled))
-        syncs.append(seconds(lambda: rollout.sync(engine, policy)))
+        syncs.append(seconds(lambda: rollout.sync_weights(engine, policy)))
         firsts.append(seconds(lambda: sample(1)))
         laters.append(seconds(lambda: sample(1)))
         sampled = sample(TOKENS)
         after.append(gap(policy, sampled))
     parameters = sum(p.numel() for p in policy.parameters())
     tied = policy.model.config.tie_word_embeddings
-    passed = engine.dtype.itemsize * (parameters + tied * policy.model.get_output_embeddings().weight.numel())
+    passed = engine.dtype.itemsize * (
+        parameters + tied * policy.model.get_output_embeddings().weight.numel()
+    )
     engine.close()
     return {
         "engine": kind, "model": size, "parameters": parameters, "MB": passed / 1e6, "sync s": median(syncs),
@@ -127,7 +134,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=[*SIZES, "10M-untied"])
     kinds = ["transformers", *(["vllm"] if find_spec("vllm") else [])]
     parser.add_argument("--engines", nargs="+", default=kinds, choices=kinds)
-    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)  # vLLM with the model in this folder
+    parser.add_argument(
+        "--alone", type=Path, help=argparse.SUPPRESS
+    )  # vLLM with the model in this folder
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     if args.alone:

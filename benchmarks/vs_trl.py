@@ -42,7 +42,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = {"trl-ppo": "1.12.0", "trl-grpo": "1.16.0"}  # program → release of TRL
 PAIRS = {"ours-ppo": "trl-ppo", "ours-grpo": "trl-grpo"}
-TITLES = {"ours-ppo": "this, PPO", "trl-ppo": "TRL PPO", "ours-grpo": "this, GRPO", "trl-grpo": "TRL GRPO"}
+TITLES = {
+    "ours-ppo": "this, PPO",
+    "trl-ppo": "TRL PPO",
+    "ours-grpo": "this, GRPO",
+    "trl-grpo": "TRL GRPO",
+}
 BATCH, GROUP, RATE, BETAS = 32, 8, 1e-3, (0.9, 0.95)
 PROMPTS, VOCABULARY, EOS = 256, 1024, "<|endoftext|>"
 END = "?"  # of every prompt, and nowhere else in it
@@ -58,7 +63,9 @@ def reward(ids: Sequence[int]) -> float:
 def graded(responses: Sequence[Sequence[int]], curve: Curve) -> list[float]:
     """Rewards of a batch, which becomes the next of the curve."""
     rewards = [reward(ids) for ids in responses]
-    curve.append({"reward": statistics.mean(rewards), "tokens": statistics.mean(map(len, responses))})
+    curve.append(
+        {"reward": statistics.mean(rewards), "tokens": statistics.mean(map(len, responses))}
+    )
     return rewards
 
 
@@ -76,7 +83,10 @@ def used() -> Used:
     for pid in tree:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             tree += map(int, (thread / "children").read_text().split())
-    ticks = sum(sum(map(int, Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[11:15])) for p in tree)
+    ticks = sum(
+        sum(map(int, Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        for p in tree
+    )
     children = sum(gigabytes(p, "smaps_rollup", "Pss") for p in tree[1:])
     return Used(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), children)
 
@@ -108,7 +118,7 @@ def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
             marks.append(used())
 
     def score(rollouts: list[Rollout], *_: Any) -> list[Rollout]:
-        for r, value in zip(rollouts, graded([r.ids for r in rollouts], curve), strict=True):
+        for r, value in zip(rollouts, graded([r.token_ids for r in rollouts], curve), strict=True):
             r.reward = value
         return rollouts
 
@@ -121,10 +131,12 @@ def ours(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
         name=f"{cfg.program}-{cfg.length}-{cfg.seed}", seed=cfg.seed, engine="transformers",
         advantage="grpo" if cfg.program == "ours-grpo" else "gae", steps=cfg.episodes // BATCH, prompts=prompts,
         samples=samples, prompt_tokens=32, response_tokens=cfg.length, critic_steps=1, policy_lr=RATE, critic_lr=RATE,
-        policy_warmup=0, critic_warmup=0, checkpoint_every=0, grader_workers=1,
+        policy_lr_warmup=0, critic_lr_warmup=0, checkpoint_every=0, grader_workers=1,
     )  # fmt: skip
     prepared = preflight.prepare(settings)
-    assert [list(p.prompt_ids) for p in prepared.problems] == [p["ids"] for p in saved_prompts(folder)]
+    assert [list(p.prompt_ids) for p in prepared.problems] == [
+        p["ids"] for p in saved_prompts(folder)
+    ]
     train.train(settings, prepared)
     return marks[0], marks[1]
 
@@ -169,7 +181,9 @@ class RewardModel(torch.nn.Module):
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
         """Rewards of sequences (B, T) in place of hidden states, (B, T, 1)."""
         rows = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        rewards = torch.tensor(graded([row[row.index(self.prompt_end) + 1 :] for row in rows], self.curve))
+        rewards = torch.tensor(
+            graded([row[row.index(self.prompt_end) + 1 :] for row in rows], self.curve)
+        )
         return SimpleNamespace(hidden_states=[rewards[:, None, None].expand(*input_ids.shape, 1)])
 
     def score(self, hidden: Tensor) -> Tensor:
@@ -195,7 +209,9 @@ def trl_grpo(cfg: Any, folder: Path, curve: Curve) -> tuple[Used, Used]:
         return graded(completion_ids, curve)
 
     dataset = Dataset.from_dict({"prompt": [p["question"] for p in prompts]})
-    return around(GRPOTrainer(model=str(folder), reward_funcs=rewards, args=args, train_dataset=dataset))
+    return around(
+        GRPOTrainer(model=str(folder), reward_funcs=rewards, args=args, train_dataset=dataset)
+    )
 
 
 def trainer_settings(cfg: Any, folder: Path) -> dict[str, Any]:
@@ -257,11 +273,19 @@ def prepare(folder: Path) -> None:
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
     model.save_pretrained(folder)
     rng = random.Random(0)
-    texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7 + i % 17)) + END for i in range(PROMPTS)]
-    rows = [json.dumps({"question": text, "answer": "1", "ids": tokenizer.encode(text)}) for text in texts]
+    texts = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7 + i % 17)) + END
+        for i in range(PROMPTS)
+    ]
+    rows = [
+        json.dumps({"question": text, "answer": "1", "ids": tokenizer.encode(text)})
+        for text in texts
+    ]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
@@ -272,7 +296,9 @@ def python(program: str) -> str:
     folder = ROOT / ".cache" / "peers" / f"trl-{PEERS[program]}"
     interpreter, complete = folder / "bin" / "python", folder / "complete"
     if not complete.exists():
-        torch_pin = next(x for x in (ROOT / "requirements.txt").read_text().split() if x.startswith("torch=="))
+        torch_pin = next(
+            x for x in (ROOT / "requirements.txt").read_text().split() if x.startswith("torch==")
+        )
         venv.create(folder, clear=True, with_pip=True)
         pip = [interpreter, "-m", "pip", "install", "--quiet", torch_pin, f"trl=={PEERS[program]}"]
         subprocess.run(pip, check=True, stdout=sys.stderr)
@@ -284,7 +310,11 @@ def run(program: str, folder: Path, length: int, episodes: int, seed: int) -> di
     """One run as a process of its own: its figures, and its seconds."""
     command = [python(program), "-P", __file__, "--program", program, "--folder", str(folder)]
     command += ["--length", str(length), "--episodes", str(episodes), "--seed", str(seed)]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     settings |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     start = time.perf_counter()
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
@@ -292,11 +322,17 @@ def run(program: str, folder: Path, length: int, episodes: int, seed: int) -> di
         sys.exit(f"{' '.join(command)}: ended with {done.returncode}\n{done.stderr}")
     figures = json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - start}
     rate = episodes / figures["seconds"]
-    print(f"round {seed}, length {length}: {TITLES[program]} {rate:.1f} episodes/s", file=sys.stderr, flush=True)
+    print(
+        f"round {seed}, length {length}: {TITLES[program]} {rate:.1f} episodes/s",
+        file=sys.stderr,
+        flush=True,
+    )
     return figures
 
 
-def row(program: str, length: int, episodes: int, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def row(
+    program: str, length: int, episodes: int, rounds: list[dict[str, dict[str, Any]]]
+) -> dict[str, Any]:
     """The row of a program at a length; `rounds` hold the figures of all programs."""
 
     def median(figure: Callable[[dict[str, Any]], float]) -> float:
@@ -316,7 +352,9 @@ def row(program: str, length: int, episodes: int, rounds: list[dict[str, dict[st
         "reward": " ".join(map(quarter, range(4))),
     }  # fmt: skip
     if peer := PAIRS.get(program):
-        cells["speed ×"] = statistics.median(r[peer]["seconds"] / r[program]["seconds"] for r in rounds)
+        cells["speed ×"] = statistics.median(
+            r[peer]["seconds"] / r[program]["seconds"] for r in rounds
+        )
         cells["memory ×"] = statistics.median(r[program]["gb"] / r[peer]["gb"] for r in rounds)
     return cells
 
@@ -327,7 +365,9 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=640, help="of each run, a multiple of 32")
     parser.add_argument("--rounds", type=int, default=2)
     for name in ("program", "folder", "length", "seed"):  # of one run: for `run`, not for people
-        parser.add_argument(f"--{name}", type=int if name in ("length", "seed") else str, help=argparse.SUPPRESS)
+        parser.add_argument(
+            f"--{name}", type=int if name in ("length", "seed") else str, help=argparse.SUPPRESS
+        )
     args = parser.parse_args()
     if args.episodes % BATCH:
         parser.error(f"--episodes {args.episodes}: must be a multiple of {BATCH}")
@@ -342,13 +382,22 @@ def main() -> None:
         prepare(Path(name))
         for length in args.lengths:
             rounds = [
-                {program: run(program, Path(name), length, args.episodes, seed) for program in TITLES}
+                {
+                    program: run(program, Path(name), length, args.episodes, seed)
+                    for program in TITLES
+                }
                 for seed in range(args.rounds)
             ]
             rows += [row(program, length, args.episodes, rounds) for program in TITLES]
-            versions = {p: f"{TITLES[p]}: trl {PEERS[p]}, {rounds[0][p]['versions']}" for p in PEERS}
-    notes = [f"{args.episodes} episodes a run, {BATCH} a step, learning rate {RATE}; medians of {args.rounds} rounds."]
-    record("vs_trl", "Beside TRL's PPO and GRPO", rows, [*notes, "; ".join(versions.values()) + "."])
+            versions = {
+                p: f"{TITLES[p]}: trl {PEERS[p]}, {rounds[0][p]['versions']}" for p in PEERS
+            }
+    notes = [
+        f"{args.episodes} episodes a run, {BATCH} a step, learning rate {RATE}; medians of {args.rounds} rounds."
+    ]
+    record(
+        "vs_trl", "Beside TRL's PPO and GRPO", rows, [*notes, "; ".join(versions.values()) + "."]
+    )
 
 
 if __name__ == "__main__":

@@ -110,12 +110,18 @@ def read(source: str, cfg: Recipe, drop: Callable[[Removal], None] | None = None
         try:
             question, answer = formats.question_answer(item)
             formats.refuse_twice(item, place, places)
-            right, of = filters.count(item, cfg.count_field, cfg.count_of) if cfg.count_field else (None, 0.0)
+            right, of = (
+                filters.count(item, cfg.count_field, cfg.count_of)
+                if cfg.count_field
+                else (None, 0.0)
+            )
             yield Row(place, question, answer, right, of)
-        except ValueError as wrong:
+        except ValueError as error:
             if drop is None:
-                raise ValueError(f"{place}: {wrong}; mend the row (of an input, --drop-bad-rows removes it)") from None
-            drop(Removal(Row(place, "", ""), "bad row", str(wrong)))
+                raise ValueError(
+                    f"{place}: {error}; mend the row (of an input, --drop-bad-rows removes it)"
+                ) from None
+            drop(Removal(Row(place, "", ""), "bad row", str(error)))
     if not place:
         raise ValueError(f"{source}: holds no rows")
 
@@ -164,7 +170,9 @@ def examine(cfg: Recipe, row: Row) -> tuple[Row, Removal | None, Sketch | None]:
 
 def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
     """The rows that stay and the removed ones. Raises ValueError or OSError, in one line, for inputs that cannot be used."""
-    evaluation = [row for source in cfg.against for row in read(source, replace(cfg, count_field=""))]
+    evaluation = [
+        row for source in cfg.against for row in read(source, replace(cfg, count_field=""))
+    ]
     made = [Row(*task) for spec in cfg.synthesize for task in synthetic.tasks(spec, cfg.seed)]
     kept: list[tuple[Row, Sketch]] = []
     bad: list[Removal] = []
@@ -173,7 +181,9 @@ def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
         _begin(evaluation)
         run: Callable[..., Iterator] = map
         if cfg.workers > 1:
-            pool = stack.enter_context(get_context("spawn").Pool(cfg.workers, _begin, (evaluation,)))
+            pool = stack.enter_context(
+                get_context("spawn").Pool(cfg.workers, _begin, (evaluation,))
+            )
             run = partial(pool.imap, chunksize=100)
         for row, removal, sketch in progress.track(
             run(partial(examine, cfg), _read_all(cfg, bad.append)), description="rules"
@@ -203,7 +213,11 @@ def _unfit(rows: Sequence[Row], grader: Grader, progress: Progress) -> list[Row]
 
 
 def _unrepeated(
-    cfg: Recipe, evaluation: list[Row], kept: list[tuple[Row, Sketch]], grader: Grader, progress: Progress
+    cfg: Recipe,
+    evaluation: list[Row],
+    kept: list[tuple[Row, Sketch]],
+    grader: Grader,
+    progress: Progress,
 ) -> tuple[list[Row], list[Removal]]:
     """The rows that repeat neither an earlier one nor an evaluation problem, and the others."""
     first, removed = len(evaluation), []
@@ -211,13 +225,18 @@ def _unrepeated(
     sketches = [dedupe.sketch(row.question) for row in evaluation] + [sketch for _, sketch in kept]
     passes = {"exact": (cfg.exact, dedupe.exact), "ngram": (cfg.ngram, dedupe.near)}
     if cfg.embeddings:
-        passes["embedding"] = True, partial(dedupe.embedded, folder=Path(cfg.embeddings), least=cfg.cosine)
+        passes["embedding"] = (
+            True,
+            partial(dedupe.embedded, folder=Path(cfg.embeddings), least=cfg.cosine),
+        )
     for step, (wanted, search) in passes.items():
         gone = set()
         for m in search(rows, sketches, grader, partial(progress.track, description=step)):
             if m.row >= first and (wanted or m.other < first):
                 name = step if m.other >= first else "against"
-                removed.append(Removal(rows[m.row], name, REASONS[step], rows[m.other].place, m.similarity))
+                removed.append(
+                    Removal(rows[m.row], name, REASONS[step], rows[m.other].place, m.similarity)
+                )
                 gone.add(m.row)
         rows = [row for k, row in enumerate(rows) if k not in gone]
         sketches = [sketch for k, sketch in enumerate(sketches) if k not in gone]
@@ -233,8 +252,13 @@ def check(cfg: Recipe) -> None:
     taken = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
     if not (cfg.inputs or cfg.synthesize):
         raise ValueError("no inputs: name files, folders or hub ids, or pass --synthesize")
-    if out.name == "removed.jsonl" or {out.resolve(), out.with_name("removed.jsonl").resolve()} & taken:
-        raise ValueError(f"--out {out}: it, or removed.jsonl beside it, is an input; choose another name or folder")
+    if (
+        out.name == "removed.jsonl"
+        or {out.resolve(), out.with_name("removed.jsonl").resolve()} & taken
+    ):
+        raise ValueError(
+            f"--out {out}: it, or removed.jsonl beside it, is an input; choose another name or folder"
+        )
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
     if cfg.embeddings and not Path(cfg.embeddings).is_dir():
@@ -249,7 +273,13 @@ def check(cfg: Recipe) -> None:
 def main(argv: Sequence[str]) -> None:
     cfg = tyro.cli(Recipe, args=list(argv), description=__doc__, prog="python -m curation.curate")
     console, start = Console(), time.monotonic()
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+    bars = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+    )
     try:
         check(cfg)
         with Progress(*bars, console=console) as progress:
@@ -258,10 +288,12 @@ def main(argv: Sequence[str]) -> None:
         if not rows:
             raise ValueError(f"{' '.join(cfg.inputs)}: no problem stays; nothing is written")
         write(Path(cfg.out), rows, removed)
-    except (ValueError, OSError) as wrong:
-        sys.exit(f"curation.curate: {wrong}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"curation.curate: {error}")
     seconds = time.monotonic() - start
-    console.print(f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it; {seconds:.0f} s")
+    console.print(
+        f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it; {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,15 @@ import numpy as np
 
 from grading.pool import Grader
 
-BANDS, ROWS, NEIGHBOURS = 40, 3, 50  # similarity s makes a candidate with probability 1 - (1 - s³)^40: 0.995 at s = 0.5
-MANY, FEW = 0.5, 0.75  # least Jaccard similarity of duplicates that name three different numbers, and of others
+BANDS, ROWS, NEIGHBOURS = (
+    40,
+    3,
+    50,
+)  # similarity s makes a candidate with probability 1 - (1 - s³)^40: 0.995 at s = 0.5
+MANY, FEW = (
+    0.5,
+    0.75,
+)  # least Jaccard similarity of duplicates that name three different numbers, and of others
 N, SHARE, MOST = 8, 0.6, 0.9
 
 
@@ -61,8 +68,23 @@ ASKING = frozenset(
 _COUNTED = "two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORDS = {word: str(n) for n, word in enumerate(_COUNTED, 2)}
 DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.S)
-_SYMBOLS = {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "×": "*", "·": "*", "→": r"\to ", "√": r"\sqrt ", "π": " pi "}
-_SYMBOLS |= {"∠": " angle ", "△": " triangle ", "°": " degree ", "²": "^2", "³": "^3"}  # "…" is "..." for unicodedata
+_SYMBOLS = {
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "×": "*",
+    "·": "*",
+    "→": r"\to ",
+    "√": r"\sqrt ",
+    "π": " pi ",
+}
+_SYMBOLS |= {
+    "∠": " angle ",
+    "△": " triangle ",
+    "°": " degree ",
+    "²": "^2",
+    "³": "^3",
+}  # "…" is "..." for unicodedata
 _MATH = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _CAPITALS = re.compile(r"(?<![\\A-Za-z])[A-Z]{2,5}(?![A-Za-z])")
@@ -74,8 +96,14 @@ _REWRITES = [
         # A heading, and what a contest puts in front: number, points, year and place.
         (r"^\s*(?:#+[^\n$]{0,40}\n+)?\s*(?:(?:problem|example|exercise|task|question)\s+)?", " "),
         (r"^\s*(?:[a-z]?\d+(?:\.\d+)*[a-z]?[.:)]\s|\(\d+\)\s)", " "),
-        (r"^\s*[(\[]\s*\d+\s*(?:points?|marks?|pts?\.?)?\s*[)\]]|\(\s*\d+ (?:points?|marks?)\s*\)", " "),
-        (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname\*?|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
+        (
+            r"^\s*[(\[]\s*\d+\s*(?:points?|marks?|pts?\.?)?\s*[)\]]|\(\s*\d+ (?:points?|marks?)\s*\)",
+            " ",
+        ),
+        (
+            r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname\*?|boldsymbol)\s*\{([^{}]*)\}",
+            r" \1 ",
+        ),
         (r"\\(?:begin|end)\s*\{[^{}]*\}(?:\s*\{[lcr| ]+\})?", " "),
         (r"\\(?:left|right|big+[lr]?|displaystyle|limits|nolimits)(?![a-z])\.?", " "),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac \1 \2 "),
@@ -109,7 +137,9 @@ def clauses(question: str) -> list[list[str]]:
     >>> clauses(r"7. Let $AB=\dfrac12$. Find $\left( 1,\!000 \right)x^{2}$.")
     [['let', 'a', 'b', '=', '\\frac', '1', '2'], ['find', '(', '1000', ')', 'x', '^', '2']]
     """
-    text = _MATH.sub(lambda formula: _LETTERS.sub(lambda run: " ".join(run[0]), formula[0]), question)
+    text = _MATH.sub(
+        lambda formula: _LETTERS.sub(lambda run: " ".join(run[0]), formula[0]), question
+    )
     text = _CAPITALS.sub(lambda run: " ".join(run[0]), text)
     text = text.translate(str.maketrans(_SYMBOLS))
     text = unicodedata.normalize("NFKC", re.sub(r"\]\([^)]*\)", "]()", text)).casefold()
@@ -137,7 +167,9 @@ def features(question: str) -> set[str]:
     True
     """
     parts = [[token for token in clause if token not in ASKING] for clause in clauses(question)]
-    return {t for part in parts for t in part} | {f"{a} {b}" for part in parts for a, b in pairwise(part)}
+    return {t for part in parts for t in part} | {
+        f"{a} {b}" for part in parts for a, b in pairwise(part)
+    }
 
 
 def numbers(words: Iterable[str]) -> tuple[str, ...]:
@@ -173,16 +205,24 @@ def sketch(question: str) -> Sketch:
     """MinHash: of each of 120 random hash functions the smallest value over the features; two questions agree in each
     value with a probability of about their Jaccard similarity. Bands of three values are hashed into one."""
     words = tokens(question)
-    hashed = np.array([digest(feature.encode()) for feature in features(question)] or [0], np.uint64)
+    hashed = np.array(
+        [digest(feature.encode()) for feature in features(question)] or [0], np.uint64
+    )
     smallest = (hashed[:, None] * _MULTIPLIER + _SHIFT >> 32).min(axis=0).reshape(BANDS, ROWS)
     bands = np.array([digest(band.tobytes()) for band in smallest], np.uint64)
-    return Sketch(digest((" ".join(words) or question).encode()), digest(" ".join(numbers(words)).encode()), bands)
+    return Sketch(
+        digest((" ".join(words) or question).encode()),
+        digest(" ".join(numbers(words)).encode()),
+        bands,
+    )
 
 
 Track = Callable[[Iterable], Iterable]  # shows progress
 
 
-def exact(rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter) -> list[Match]:
+def exact(
+    rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter
+) -> list[Match]:
     """Rows with the tokens and the gold of an earlier one. The gold, too, as a picture is no token."""
     first: dict[int, int] = {}
     pairs = [(first.setdefault(s.exact, row), row, 1.0) for row, s in enumerate(track(sketches))]
@@ -207,7 +247,9 @@ def candidates(sketches: Sequence[Sketch]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def near(rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter) -> list[Match]:
+def near(
+    rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter
+) -> list[Match]:
     """N-gram duplicates: candidates alike by `threshold`, with like pictures and equal golds."""
     pairs = []
     for i, j in track(candidates(sketches)):
@@ -223,7 +265,13 @@ def threshold(question: str) -> float:
 
 
 def embedded(
-    rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter, *, folder: Path, least: float
+    rows: Sequence[Row],
+    sketches: Sequence[Sketch],
+    grader: Grader,
+    track: Track = iter,
+    *,
+    folder: Path,
+    least: float,
 ) -> list[Match]:
     """Embedding duplicates: the cosine of two questions' embeddings (a sentence-transformers model in `folder`) is at least
     `least`, pictures alike, golds equal. Only rows that share numbers and gold, in normal form, are embedded."""
@@ -234,8 +282,14 @@ def embedded(
     for row, s in enumerate(sketches):
         groups[s.numbers, *tokens(rows[row].answer)].append(row)
     wanted = [row for group in groups.values() if len(group) > 1 for row in group]
-    parts = [[rows[row].question for row in wanted[start : start + 256]] for start in range(0, len(wanted), 256)]
-    encoded = [model.encode(part, normalize_embeddings=True, show_progress_bar=False) for part in track(parts)]
+    parts = [
+        [rows[row].question for row in wanted[start : start + 256]]
+        for start in range(0, len(wanted), 256)
+    ]
+    encoded = [
+        model.encode(part, normalize_embeddings=True, show_progress_bar=False)
+        for part in track(parts)
+    ]
     vectors = np.concatenate(encoded or [np.empty((0, 1))])
     pairs, start = [], 0
     for group in (group for group in groups.values() if len(group) > 1):
@@ -243,14 +297,24 @@ def embedded(
         start += len(group)
         for k in range(1, len(group)):
             cosines = mine[:k] @ mine[k]
-            alike = [(group[at], group[k], float(cosines[at])) for at in np.flatnonzero(cosines >= least)]
-            pairs += [(i, j, s) for i, j, s in alike if _pictures_alike(rows[i].question, rows[j].question)]
+            alike = [
+                (group[at], group[k], float(cosines[at])) for at in np.flatnonzero(cosines >= least)
+            ]
+            pairs += [
+                (i, j, s)
+                for i, j, s in alike
+                if _pictures_alike(rows[i].question, rows[j].question)
+            ]
     return same_gold(rows, pairs, grader)
 
 
-def same_gold(rows: Sequence[Row], pairs: Sequence[tuple[int, int, float]], grader: Grader) -> list[Match]:
+def same_gold(
+    rows: Sequence[Row], pairs: Sequence[tuple[int, int, float]], grader: Grader
+) -> list[Match]:
     """Of pairs (earlier, later, similarity) those with equal golds; of each later row the most similar."""
-    equal = grader.equal([rows[i].answer for i, _, _ in pairs], [rows[j].answer for _, j, _ in pairs])
+    equal = grader.equal(
+        [rows[i].answer for i, _, _ in pairs], [rows[j].answer for _, j, _ in pairs]
+    )
     best: dict[int, Match] = {}
     for (i, j, s), same in zip(pairs, equal, strict=True):
         if same and (j not in best or s > best[j].similarity):
@@ -260,7 +324,10 @@ def same_gold(rows: Sequence[Row], pairs: Sequence[tuple[int, int, float]], grad
 
 def _pictures_alike(a: str, b: str) -> bool:
     """Whether two drawings, where both have one, have half of their words in common."""
-    drawn = [{word for code in DRAWING.findall(question) for word in re.findall(r"\w+", code)} for question in (a, b)]
+    drawn = [
+        {word for code in DRAWING.findall(question) for word in re.findall(r"\w+", code)}
+        for question in (a, b)
+    ]
     return not all(drawn) or jaccard(*drawn) >= MANY
 
 
@@ -289,7 +356,9 @@ class Overlap:
         """Place of the evaluation problem and the share of its n-grams, or None."""
         words = tokens(question)
         named, found = Counter(numbers(words)), []
-        for k, count in Counter(k for gram in _ngrams(words) for k in self.holders.get(gram, ())).items():
+        for k, count in Counter(
+            k for gram in _ngrams(words) for k in self.holders.get(gram, ())
+        ).items():
             same = len(self.numbers[k]) >= 3 and self.numbers[k] <= named
             if (share := count / self.sizes[k]) >= (SHARE if same else MOST):
                 found.append((share, self.problems[k].place))

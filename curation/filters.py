@@ -25,7 +25,9 @@ from curation.dedupe import DRAWING
 _OPTIONS = [
     re.compile(r".*?".join(rf"(?<![\w)}}\\])\({letter}\)" for letter in "ABCD"), re.S),
     re.compile(r".*?".join(rf"^[\s$*]*\(?{letter}\s*[.):]" for letter in "ABC"), re.S | re.M),
-    re.compile(r".{1,80}?".join(rf"(?<![\w()}}\\]){letter}\s*[.:)．、]" for letter in "ABCD"), re.S),
+    re.compile(
+        r".{1,80}?".join(rf"(?<![\w()}}\\]){letter}\s*[.:)．、]" for letter in "ABCD"), re.S
+    ),
 ]
 # Enough where the gold is a letter: lines that begin with one.
 _LINES = re.compile(r".*?".join(rf"^\W*{letter}\b" for letter in "abc"), re.S | re.M | re.I)
@@ -49,8 +51,13 @@ def choice(question: str, answer: str) -> str:
     return ""
 
 
-_PROVE = re.compile(r"(?:^|[.;:,!?\n)$]|\b(?:then|and|to|also|please))\s*(?:dis)?(?:prove|show|demonstrate)\b", re.I)
-_SEEK = re.compile(r"\?|\b(?:find|determine|compute|calculate|evaluate|solve|simplify|express|estimate|how|what)\b", re.I)
+_PROVE = re.compile(
+    r"(?:^|[.;:,!?\n)$]|\b(?:then|and|to|also|please))\s*(?:dis)?(?:prove|show|demonstrate)\b", re.I
+)
+_SEEK = re.compile(
+    r"\?|\b(?:find|determine|compute|calculate|evaluate|solve|simplify|express|estimate|how|what)\b",
+    re.I,
+)
 _PROVED = re.compile(r"(?:\\text\{)?\s*(?:proof|proved|proven|q\.?e\.?d\.?)\s*\}?\.?", re.I)
 
 
@@ -62,7 +69,9 @@ def proof(question: str, answer: str) -> str:
     """
     if _PROVED.fullmatch(answer.strip()):
         return "the gold says that it is proved"
-    return "asks for a proof alone" if _PROVE.search(question) and not _SEEK.search(question) else ""
+    return (
+        "asks for a proof alone" if _PROVE.search(question) and not _SEEK.search(question) else ""
+    )
 
 
 _FORMULA = re.compile(
@@ -116,8 +125,8 @@ def recorded(paths: Iterable[str]) -> dict[str, tuple[float, int]]:
         for place, item in (row for file in files for row in formats.rows(file)):
             try:
                 question, reward = item["question"].strip(), float(item["reward"])
-            except (KeyError, TypeError, AttributeError, ValueError) as wrong:
-                raise ValueError(f"{path}: {place}: not a graded response ({wrong!r})") from None
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{path}: {place}: not a graded response ({error!r})") from None
             right, of = counts.get(question, (0.0, 0))
             counts[question] = right + reward, of + 1
     return counts

@@ -39,7 +39,9 @@ from typing import Any
 from grading.extract import extract
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".zip")
-HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.\w+)|(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?)")
+HUB = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.\w+)|(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?)"
+)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # What `--benchmarks NAME` reads: the paper's sets by their public ids. MATH-500 and the AIMEs are Table 2, MMLU and MMLU-Pro
@@ -66,7 +68,9 @@ def named(sets: Sequence[str]) -> dict[str, str]:
         name, _, source = given.partition("=")
         name, source = (name, source) if source else (Path(name).stem, BENCHMARKS.get(name, name))
         if found.setdefault(name, source) != source:
-            raise ValueError(f"two sets are called {name}: {found[name]} and {source}; name one of them with NAME=FILE")
+            raise ValueError(
+                f"two sets are called {name}: {found[name]} and {source}; name one of them with NAME=FILE"
+            )
     return found
 
 
@@ -98,12 +102,20 @@ def _is_dataset(path: Path) -> bool:
 
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{path}: unknown ending {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            inside = [name for name in archive.namelist() if Path(name).suffix in (".json", ".jsonl", ".csv")]
+            inside = [
+                name
+                for name in archive.namelist()
+                if Path(name).suffix in (".json", ".jsonl", ".csv")
+            ]
             if len(inside) != 1:
-                raise ValueError(f"{path}: expected one .json, .jsonl or .csv file in it, found {len(inside)}")
+                raise ValueError(
+                    f"{path}: expected one .json, .jsonl or .csv file in it, found {len(inside)}"
+                )
             yield from _text(inside[0], path, archive.open(inside[0]))
     elif path.suffix == ".parquet":
         import pyarrow.parquet
@@ -126,11 +138,15 @@ def _text(name: str, path: Path, binary: Any) -> Iterator[tuple[str, Any]]:
                 yield from _numbered(path, csv.reader(file))
             else:
                 yield from _numbered(path, _json_list(path, file.read()))
-        except UnicodeDecodeError as wrong:
-            raise ValueError(f"{path}: not UTF-8 text (byte {wrong.start})") from None
-        except json.JSONDecodeError as wrong:
-            where = f"row {number}" if name.endswith(".jsonl") else f"line {wrong.lineno} column {wrong.colno}"
-            raise ValueError(f"{path}: {where}: not valid JSON ({wrong.msg})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            where = (
+                f"row {number}"
+                if name.endswith(".jsonl")
+                else f"line {error.lineno} column {error.colno}"
+            )
+            raise ValueError(f"{path}: {where}: not valid JSON ({error.msg})") from None
 
 
 def _json_list(path: Path, text: str) -> Iterator[Any]:
@@ -163,10 +179,12 @@ def _hub(source: str, hub: re.Match) -> Iterator[tuple[str, Any]]:
             return
         from datasets import load_dataset
 
-        items = iter(load_dataset(hub["id"], hub["config"], split=hub["split"] or "train", streaming=True))
+        items = iter(
+            load_dataset(hub["id"], hub["config"], split=hub["split"] or "train", streaming=True)
+        )
         first = next(items, None)
-    except (OSError, ValueError) as wrong:
-        why = str(wrong).splitlines()[0][:200] if str(wrong) else type(wrong).__name__
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise OSError(
             f"{source}: no such file here, and the hub does not give it ({why}); a local copy does as well: JSON lines of "
             '{"question": …, "answer": …}, or any layout that `python -m pydoc curation.formats` lists'
@@ -191,7 +209,9 @@ def question_answer(item: Any) -> tuple[str, str]:
     if isinstance(item, list):
         return _text_at(item, 0, "value"), _text_at(item, 1, "ground_truth", "value")
     if not isinstance(item, dict):
-        raise ValueError(f"expected a list (the authors' form) or an object, found {type(item).__name__}")
+        raise ValueError(
+            f"expected a list (the authors' form) or an object, found {type(item).__name__}"
+        )
     if isinstance(item.get("prompt"), list):
         return _text_at(item, "prompt", 0, "value"), _text_at(item, "final_answer")
     if "Correct Answer" in item:
@@ -201,16 +221,31 @@ def question_answer(item: Any) -> tuple[str, str]:
         return with_options(question, options), LETTERS[options.index(right)]
     if isinstance(options := item.get("options") or item.get("choices"), list):
         answer = item.get("answer")
-        letter = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 26 else str(answer).strip()
-        return with_options(_text_at(item, "question"), options), _one_of(letter, len(options), "answer")
+        letter = (
+            LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 26 else str(answer).strip()
+        )
+        return with_options(_text_at(item, "question"), options), _one_of(
+            letter, len(options), "answer"
+        )
     if "messages" in item:
         asked = [i for i, m in enumerate(item["messages"]) if m.get("role") == "user"]
-        return _text_at(item, "messages", asked[-1] if asked else 0, "content"), _text_at(item, "ground_truth")
+        return _text_at(item, "messages", asked[-1] if asked else 0, "content"), _text_at(
+            item, "ground_truth"
+        )
     if "question_content" in item:
         starter = item.get("starter_code") or ""
         return _text_at(item, "question_content") + CODE[bool(starter)].format(starter=starter), ""
-    question = _text_at(item, next((name for name in ("question", "problem") if name in item), "problem"))
-    name = next((name for name in ("answer", "expected_answer", "final_answer") if item.get(name) is not None), "answer")
+    question = _text_at(
+        item, next((name for name in ("question", "problem") if name in item), "problem")
+    )
+    name = next(
+        (
+            name
+            for name in ("answer", "expected_answer", "final_answer")
+            if item.get(name) is not None
+        ),
+        "answer",
+    )
     if name not in item and "solution" in item:
         if box := extract(f"<answer>{_text_at(item, 'solution')}</answer>", require_boxed=True):
             return question, box
@@ -238,22 +273,31 @@ def tests(item: Any) -> dict[str, str]:
     """The fields of a programming problem that hold its tests, as in the file; {} for any other problem."""
     if not (isinstance(item, dict) and "public_test_cases" in item):
         return {}
-    return {name: item.get(name) or "" for name in ("public_test_cases", "private_test_cases", "metadata", "starter_code")}
+    return {
+        name: item.get(name) or ""
+        for name in ("public_test_cases", "private_test_cases", "metadata", "starter_code")
+    }
 
 
 def with_options(question: str, options: list[Any]) -> str:
     """The question with its options below it, one a line, as the authors' GPQA file has them."""
-    return f"{question}\n\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return f"{question}\n\n" + "\n".join(
+        f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
+    )
 
 
 def _one_of(letter: str, options: int, field: str) -> str:
     if len(letter) != 1 or letter not in LETTERS[:options]:
-        raise ValueError(f"field {field}: expected a letter of {LETTERS[:options]} or an index, found {letter!r:.60}")
+        raise ValueError(
+            f"field {field}: expected a letter of {LETTERS[:options]} or an index, found {letter!r:.60}"
+        )
     return letter
 
 
 def _text_at(item: Any, *steps: str | int) -> str:
-    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    name = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps
+    ).removeprefix(".")
     try:
         for step in steps:
             item = item[step]

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from curation.dedupe import Row
 
-PASSES = "bad row, rate, choice, proof, language, against, gold, exact, ngram, embedding".split(", ")
+PASSES = "bad row, rate, choice, proof, language, against, gold, exact, ngram, embedding".split(
+    ", "
+)
 
 
 class Removal(NamedTuple):
@@ -31,7 +33,12 @@ def table(stay: int, removed: Sequence[Removal]) -> Table:
     for step in PASSES:
         mine = Counter((r.reason, r.other.rpartition(":")[0]) for r in removed if r.step == step)
         for k, ((reason, file), count) in enumerate(mine.most_common()):
-            view.add_row("" if k else step, "" if k else f"{left:,}", f"{count:,}", f"{reason}{file and f': {file}'}")
+            view.add_row(
+                "" if k else step,
+                "" if k else f"{left:,}",
+                f"{count:,}",
+                f"{reason}{file and f': {file}'}",
+            )
         left -= mine.total()
     view.add_row("stay", f"{left:,}")
     return view
@@ -39,7 +46,9 @@ def table(stay: int, removed: Sequence[Removal]) -> Table:
 
 def write(out: Path, rows: Sequence[Row], removed: Sequence[Removal]) -> None:
     """`out` and removed.jsonl beside it, both or neither: each is written beside and renamed at the end."""
-    problems = [{"question": r.question, "answer": r.answer, "source": r.place} | _rate(r) for r in rows]
+    problems = [
+        {"question": r.question, "answer": r.answer, "source": r.place} | _rate(r) for r in rows
+    ]
     reasons = [
         {"place": r.row.place, "pass": r.step, "reason": r.reason, "other": r.other, "similarity": r.similarity}
         | {"question": r.row.question, "answer": r.row.answer} | _rate(r.row)

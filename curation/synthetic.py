@@ -35,4 +35,6 @@ def tasks(spec: str, seed: int) -> Iterator[tuple[str, str, str]]:
             yield f"{name}:{k + 1}", question, str(made[k]["answer"])
         if len(seen) == count:
             return
-    raise ValueError(f"--synthesize {spec}: found only {len(seen)} different questions; ask for fewer")
+    raise ValueError(
+        f"--synthesize {spec}: found only {len(seen)} different questions; ask for fewer"
+    )

@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 0.05
-SWEEP_SEED, RATES = 5, ("2.5e-4", "5e-4", "1e-3")  # of the policy: every arm takes its best on this seed
+SWEEP_SEED, RATES = (
+    5,
+    ("2.5e-4", "5e-4", "1e-3"),
+)  # of the policy: every arm takes its best on this seed
 
 # Flags of train.py beyond --model tiny-long. Where there are none, experiments/run.py prepares or changes what the name says.
 ARMS = {
@@ -73,10 +76,14 @@ class Claim(NamedTuple):
     def arms(self, primary: bool = False) -> list[str]:
         """Its arms, the reference first; or those of its primary comparisons."""
         compared = [c for c in self.comparisons if c.primary or not primary]
-        return list(dict.fromkeys(arm.removesuffix("@0") for c in compared for arm in (c.first, c.second)))
+        return list(
+            dict.fromkeys(arm.removesuffix("@0") for c in compared for arm in (c.first, c.second))
+        )
 
 
-def _default(*arms: str, primary: bool = True, metric: str = "accuracy", paper: str = "more") -> tuple[Comparison, ...]:
+def _default(
+    *arms: str, primary: bool = True, metric: str = "accuracy", paper: str = "more"
+) -> tuple[Comparison, ...]:
     return tuple(Comparison("default", arm, metric, paper, primary) for arm in arms)
 
 
@@ -87,15 +94,22 @@ CLAIMS = {
         (Comparison("default", "default@0"), Comparison("default", "default@0", "length")),
     ),
     "format": Claim(
-        "The format is learned from the 0/1 reward alone", "Fig. 4", (Comparison("default", "default@0", "format"),)
+        "The format is learned from the 0/1 reward alone",
+        "Fig. 4",
+        (Comparison("default", "default@0", "format"),),
     ),
     "reflection": Claim(
         "Reflection becomes more frequent, and correct reflecting responses are longer than the mean",
         "Fig. 6",
-        (Comparison("default", "default@0", "reflection"), Comparison("default", "default", "reflection_excess")),
+        (
+            Comparison("default", "default@0", "reflection"),
+            Comparison("default", "default", "reflection_excess"),
+        ),
     ),
     "lambda": Claim(
-        "λ = 1 beats λ = 0.95", "Fig. 7, 13", _default("lam-0.95") + _default("lam-0.99", "lam-0.998", primary=False)
+        "λ = 1 beats λ = 0.95",
+        "Fig. 7, 13",
+        _default("lam-0.95") + _default("lam-0.99", "lam-0.998", primary=False),
     ),
     "gamma": Claim(
         "γ < 1 shortens the responses and hurts",
@@ -108,14 +122,17 @@ CLAIMS = {
     "kl": Claim(
         "Without KL it learns better than with a KL loss or a KL penalty in the reward",
         "Fig. 8",
-        _default("kl-loss-0.1", "kl-reward-0.01") + _default("kl-loss-0.01", "kl-reward-0.001", primary=False),
+        _default("kl-loss-0.1", "kl-reward-0.01")
+        + _default("kl-loss-0.01", "kl-reward-0.001", primary=False),
     ),
     "data": Claim(
         "More problems beat fewer",
         "Fig. 9",
         _default("problems-16", "problems-64") + _default("problems-512", primary=False),
     ),
-    "onpolicy": Claim("Strictly on-policy beats 8 updates per rollout", "Fig. 12", _default("off-policy")),
+    "onpolicy": Claim(
+        "Strictly on-policy beats 8 updates per rollout", "Fig. 12", _default("off-policy")
+    ),
     "sampling": Claim(
         "Temperature and top-p of the training hardly matter",
         "Fig. 14",
@@ -123,29 +140,45 @@ CLAIMS = {
     ),
     "grpo": Claim("PPO with a critic beats GRPO", "§2.2", _default("grpo")),
     "repetition": Claim(
-        "The critic devalues repetition", "§2.2", (Comparison("default", "default", "value_lost_by_repetition"),)
+        "The critic devalues repetition",
+        "§2.2",
+        (Comparison("default", "default", "value_lost_by_repetition"),),
     ),
-    "formatreward": Claim("A reward for the format is not needed", "§2.2", _default("format-reward", paper="alike")),
+    "formatreward": Claim(
+        "A reward for the format is not needed", "§2.2", _default("format-reward", paper="alike")
+    ),
     "valuehead": Claim(
         "The printed value head U(−√5, √5) is as good as the code's N(0, 1/(d+1)²)",
         "§3.1",
-        _default("head-paper", paper="alike") + _default("head-zeros", paper="alike", primary=False),
+        _default("head-paper", paper="alike")
+        + _default("head-zeros", paper="alike", primary=False),
     ),
     "anneal": Claim(
         "Annealing on mined hard problems helps on hard problems",
         "§2.1.1",
-        (Comparison("anneal-hard", "anneal", "hard_accuracy"), Comparison("anneal-hard", "anneal", primary=False)),
+        (
+            Comparison("anneal-hard", "anneal", "hard_accuracy"),
+            Comparison("anneal-hard", "anneal", primary=False),
+        ),
     ),
     "valueclip": Claim(
-        "Clipping the value loss at 0.2 changes little", "authors' code", _default("value-clip", paper="alike")
+        "Clipping the value loss at 0.2 changes little",
+        "authors' code",
+        _default("value-clip", paper="alike"),
     ),
     "perpack": Claim(
-        "Means per pack instead of one over all tokens change little", "authors' code", _default("per-pack", paper="alike")
+        "Means per pack instead of one over all tokens change little",
+        "authors' code",
+        _default("per-pack", paper="alike"),
     ),
     "retokenise": Claim(
-        "Training on re-tokenised text changes little", "authors' code", _default("retokenised", paper="alike")
+        "Training on re-tokenised text changes little",
+        "authors' code",
+        _default("retokenised", paper="alike"),
     ),
     "criticwarmup": Claim(
-        "A critic trained before the policy moves changes little", "often asked", _default("critic-first", paper="alike")
+        "A critic trained before the policy moves changes little",
+        "often asked",
+        _default("critic-first", paper="alike"),
     ),
 }

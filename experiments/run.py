@@ -41,7 +41,7 @@ import train
 from config import Config, parse
 from critic import load_critic
 from experiments.claims import ARMS, CLAIMS, RATES, SEEDS, SWEEP_SEED
-from packing import MicroBatch, over_tokens
+from packing import MicroBatch, forward_all_tokens
 from preflight import prepare
 from reports import log
 from rollout import Rollout
@@ -83,13 +83,20 @@ def measured(folder: Path, cfg: Config) -> dict[str, Any]:
     """What a finished run's files say: held-out responses before and after, and the curves."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     evaluations = {e["step"]: e for e in map(json.loads, (folder / "evaluations.jsonl").open())}
-    before, after = ([json.loads(line) for line in (folder / f"heldout-{s}.jsonl").open()] for s in (0, cfg.steps))
+    before, after = (
+        [json.loads(line) for line in (folder / f"heldout-{s}.jsonl").open()]
+        for s in (0, cfg.steps)
+    )
     held_out = [
         {"accuracy": fmean(r["reward"] >= 1 for r in responses)}
         | {k: evaluations[s][k] for k in HELDOUT if k in evaluations[s]}
         for s, responses in ((0, before), (cfg.steps, after))
     ]
-    excess = [r["correct_reflection_length"] - r["length"] for r in rows if "correct_reflection_length" in r]
+    excess = [
+        r["correct_reflection_length"] - r["length"]
+        for r in rows
+        if "correct_reflection_length" in r
+    ]
     if excess:
         held_out[1]["reflection_excess"] = fmean(excess)
     if cfg.eval_samples > 1:
@@ -98,11 +105,15 @@ def measured(folder: Path, cfg: Config) -> dict[str, Any]:
             "hard_accuracy": fmean(r["reward"] for r in after if r["problem"] in hard),
             "hard_problems": len(hard),
         }
-    curves = {name: [rounded(row[name]) if name in row else None for row in rows] for name in CURVES}
+    curves = {
+        name: [rounded(row[name]) if name in row else None for row in rows] for name in CURVES
+    }
     return {
         "before": {k: rounded(v) for k, v in held_out[0].items()},
         "after": {k: rounded(v) for k, v in held_out[1].items()},
-        "curves": {name: curve for name, curve in curves.items() if any(v is not None for v in curve)},
+        "curves": {
+            name: curve for name, curve in curves.items() if any(v is not None for v in curve)
+        },
     }
 
 
@@ -132,14 +143,22 @@ def few_problems(count: int, cfg: Config) -> dict[str, Any]:
 
 def trained_critic(cfg: Config) -> dict[str, Any]:
     """A critic trained for five iterations while the policy stands still."""
-    alone = replace(cfg, name=f"{cfg.name}-alone", steps=5, policy_lr=1e-12, eval_data=(few_problems(16, cfg)["data"],))
+    alone = replace(
+        cfg,
+        name=f"{cfg.name}-alone",
+        steps=5,
+        policy_lr=1e-12,
+        eval_data=(few_problems(16, cfg)["data"],),
+    )
     return {"init_critic": str(train.train(alone, prepare(alone)) / "critic")}
 
 
 def annealing(hard: bool, cfg: Config) -> dict[str, Any]:
     """Ten more steps from where the default ended, at a falling rate; on problems it finds hard, or on fresh ones."""
     base, before = tiny.ensure(cfg.seed, name=MODEL), RUNS / f"default-{cfg.seed}"
-    rows = json.loads((base / "train.json").read_text())[-2_000:]  # the default stopped long before these
+    rows = json.loads((base / "train.json").read_text())[
+        -2_000:
+    ]  # the default stopped long before these
     pool, mined = RUNS / f"{cfg.name}-pool.json", RUNS / f"{cfg.name}-hard.jsonl"
     pool.write_text(json.dumps(rows))
     if hard:
@@ -150,17 +169,25 @@ def annealing(hard: bool, cfg: Config) -> dict[str, Any]:
         )
         (responses,) = answers.rglob("pool.jsonl")
         keep = "--no-choice --no-proof --no-language --no-gold --no-exact --no-ngram"
-        command(f"-m curation.curate {pool} --rollouts {responses} --hard 2 --hard-of 4 {keep} --out {mined}")
+        command(
+            f"-m curation.curate {pool} --rollouts {responses} --hard 2 --hard-of 4 {keep} --out {mined}"
+        )
     return {
         "model": str(before / "policy"), "init_critic": str(before / "critic"), "data": str(mined if hard else pool),
-        "eval_data": (str(base / "heldout.json"),), "eval_samples": 4, "steps": 10, "policy_warmup": 1, "critic_warmup": 1,
+        "eval_data": (str(base / "heldout.json"),), "eval_samples": 4, "steps": 10, "policy_lr_warmup": 1, "critic_lr_warmup": 1,
         "anneal_steps": 10, "anneal_to": cfg.policy_lr * 0.3,
     }  # fmt: skip
 
 
 def command(arguments: str) -> None:
     """A program of this project, as a user would call it."""
-    subprocess.run([sys.executable, *arguments.split()], cwd=HERE.parent, check=True, stdout=sys.stdout, stderr=sys.stderr)
+    subprocess.run(
+        [sys.executable, *arguments.split()],
+        cwd=HERE.parent,
+        check=True,
+        stdout=sys.stdout,
+        stderr=sys.stderr,
+    )
 
 
 PREPARATIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
@@ -179,7 +206,12 @@ PREPARATIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
 @contextmanager
 def means_per_pack() -> Iterator[None]:
     """Every loss is the mean over packs of their means over tokens, as in the authors' code."""
-    micro_batches, policy_loss, value_loss, weight = train.micro_batches, ppo.policy_loss, ppo.value_loss, 1.0
+    micro_batches, policy_loss, value_loss, weight = (
+        train.micro_batches,
+        ppo.policy_loss,
+        ppo.value_loss,
+        1.0,
+    )
 
     def packs(*args: Any) -> Iterator[MicroBatch]:
         nonlocal weight
@@ -198,7 +230,11 @@ def means_per_pack() -> Iterator[None]:
     try:
         yield
     finally:
-        train.micro_batches, ppo.policy_loss, ppo.value_loss = micro_batches, policy_loss, value_loss
+        train.micro_batches, ppo.policy_loss, ppo.value_loss = (
+            micro_batches,
+            policy_loss,
+            value_loss,
+        )
 
 
 @contextmanager
@@ -210,9 +246,9 @@ def retokenised() -> Iterator[None]:
         nonlocal other, seen
         for r in score(mine, *args):
             ids = tokenizer.encode(r.text)
-            other, seen = other + (ids != r.ids), seen + 1
-            if ids != r.ids:
-                r.ids, r.logprobs = ids, [0.0] * len(ids)
+            other, seen = other + (ids != r.token_ids), seen + 1
+            if ids != r.token_ids:
+                r.token_ids, r.logprobs = ids, [0.0] * len(ids)
         return mine
 
     train.score = encode_again
@@ -230,23 +266,39 @@ def devaluation(folder: Path, cfg: Config, times: int = 5, count: int = 200) -> 
     """What the trained critic thinks of repetition: right held-out responses are cut after half of their steps, and the last
     step is said `times` times more. The mean of V at the cut − V after the repetition, and of V as many tokens on in the
     response itself − V after the repetition."""
-    tokenizer, critic = AutoTokenizer.from_pretrained(folder / "critic"), load_critic(str(folder / "critic"))
+    tokenizer, critic = (
+        AutoTokenizer.from_pretrained(folder / "critic"),
+        load_critic(str(folder / "critic")),
+    )
     rows = data.load(tiny.ensure(cfg.seed, name=MODEL) / "heldout.json")
     problems = data.tokenize(rows, tokenizer, cfg.prompt_tokens, data.TEMPLATE)
-    responses = zip(problems, rollout.read(folder / f"heldout-{cfg.steps}.jsonl", ids=False), strict=True)
-    chosen = [(problem, r.text) for problem, r in responses if r.reward == 1 and r.text.count(",") >= 8][:count]
+    responses = zip(
+        problems,
+        rollout.load_rollouts(folder / f"heldout-{cfg.steps}.jsonl", ids=False),
+        strict=True,
+    )
+    chosen = [
+        (problem, r.text) for problem, r in responses if r.reward == 1 and r.text.count(",") >= 8
+    ][:count]
     whole, repeated, cuts, gone = [], [], [], []
     for problem, text in chosen:
         pieces = text.split(",")
         half = len(pieces) // 4 * 2  # a step has two commas
         before, step = (",".join(part) + "," for part in (pieces[:half], pieces[half - 2 : half]))
-        cut, ids, again = (len(tokenizer.encode(before)), tokenizer.encode(text), tokenizer.encode(before + step * times))
+        cut, ids, again = (
+            len(tokenizer.encode(before)),
+            tokenizer.encode(text),
+            tokenizer.encode(before + step * times),
+        )
         whole.append(Rollout(problem, ids, [], "stop", ""))
         repeated.append(Rollout(problem, [*again, ids[-1]], [], "stop", ""))
         cuts.append(cut)
         gone.append(len(again) - cut)
     V, V_repeated = (
-        over_tokens(critic, kept, cfg.micro_tokens, "cpu").split([len(r.ids) for r in kept]) for kept in (whole, repeated)
+        forward_all_tokens(critic, kept, cfg.micro_tokens, "cpu").split(
+            [len(r.token_ids) for r in kept]
+        )
+        for kept in (whole, repeated)
     )
     at_cut = [float(v[cut]) for v, cut in zip(V, cuts, strict=True)]
     after = [float(v[cut + n]) for v, cut, n in zip(V_repeated, cuts, gone, strict=True)]
@@ -263,7 +315,11 @@ def devaluation(folder: Path, cfg: Config, times: int = 5, count: int = 200) -> 
 def stored(arm: str) -> dict[str, Any]:
     """What results/ARM.json holds."""
     file = RESULTS / f"{arm}.json"
-    return json.loads(file.read_text()) if file.exists() else {"arm": arm, "flags": ARMS[arm], "sweep": {}, "runs": {}}
+    return (
+        json.loads(file.read_text())
+        if file.exists()
+        else {"arm": arm, "flags": ARMS[arm], "sweep": {}, "runs": {}}
+    )
 
 
 def keep(arm: str, entry: dict[str, Any]) -> None:
@@ -293,9 +349,13 @@ def open_jobs(arms: Sequence[str]) -> list[Job]:
     """What is still to be run and can be: of each arm the sweep first, then the seeds with the best rate."""
     jobs = []
     for arm in arms:
-        swept = stored(FIRST.get(arm, arm))["sweep"]  # an arm that goes on from another keeps its rate
+        swept = stored(FIRST.get(arm, arm))[
+            "sweep"
+        ]  # an arm that goes on from another keeps its rate
         if len(swept) < len(RATES):
-            jobs += [(arm, SWEEP_SEED, rate) for rate in RATES if rate not in swept and arm not in FIRST]
+            jobs += [
+                (arm, SWEEP_SEED, rate) for rate in RATES if rate not in swept and arm not in FIRST
+            ]
             continue
         best = max(RATES, key=lambda rate: swept[rate])
         ready = stored(FIRST[arm])["runs"] if arm in FIRST else map(str, SEEDS)
@@ -320,9 +380,11 @@ def run_all(arms: Sequence[str], workers: int) -> None:
             arm, seed, rate = running.pop(finished)
             try:
                 entry = finished.result()
-            except Exception as wrong:
+            except Exception as error:
                 name = folder_name(arm, seed, rate)
-                raise RuntimeError(f"{name}: {wrong!r}; its output is in {RUNS / name}.log") from wrong
+                raise RuntimeError(
+                    f"{name}: {error!r}; its output is in {RUNS / name}.log"
+                ) from error
             keep(arm, entry)
             done, left = done + 1, left - 1
             minutes, after = (time.perf_counter() - started) / done * left / 60, entry["after"]
@@ -333,15 +395,27 @@ def run_all(arms: Sequence[str], workers: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "claims", nargs="+", choices=[*CLAIMS, "all"], metavar="CLAIM", help=f"all, or of {', '.join(CLAIMS)}"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time; each takes one core")
+    parser.add_argument(
+        "claims",
+        nargs="+",
+        choices=[*CLAIMS, "all"],
+        metavar="CLAIM",
+        help=f"all, or of {', '.join(CLAIMS)}",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="runs at a time; each takes one core"
+    )
     args = parser.parse_args()
     claims = list(CLAIMS) if "all" in args.claims else args.claims
-    arms = [arm for primary in (True, False) for name in claims for arm in CLAIMS[name].arms(primary)]
-    run_all(list(dict.fromkeys([*(FIRST[arm] for arm in arms if arm in FIRST), *arms])), args.workers)
+    arms = [
+        arm for primary in (True, False) for name in claims for arm in CLAIMS[name].arms(primary)
+    ]
+    run_all(
+        list(dict.fromkeys([*(FIRST[arm] for arm in arms if arm in FIRST), *arms])), args.workers
+    )
 
 
 if __name__ == "__main__":

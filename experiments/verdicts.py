@@ -18,7 +18,17 @@ from reports import figures
 
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 README, PAPER = HERE.parent / "README.md", HERE.parent / "docs" / "paper.md"
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5 % quantiles of t
+T = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # 97.5 % quantiles of t
 REPRODUCES, DOES_NOT, NOT_VISIBLE = "reproduces", "does not", "not visible at this scale"
 
 
@@ -64,19 +74,29 @@ def verdict(comparison: Comparison, low: float, high: float) -> str:
     """
     if comparison.paper == "more":
         return REPRODUCES if low > 0 else DOES_NOT if high < 0 else NOT_VISIBLE
-    return REPRODUCES if low > -MARGIN and high < MARGIN else DOES_NOT if low > MARGIN or high < -MARGIN else NOT_VISIBLE
+    return (
+        REPRODUCES
+        if low > -MARGIN and high < MARGIN
+        else DOES_NOT
+        if low > MARGIN or high < -MARGIN
+        else NOT_VISIBLE
+    )
 
 
 def of_claim(decided: Sequence[Decided]) -> str:
     """The verdict of a claim, from its primary comparisons."""
     verdicts = {d.verdict for d in decided if d.comparison.primary}
-    return DOES_NOT if DOES_NOT in verdicts else NOT_VISIBLE if NOT_VISIBLE in verdicts else REPRODUCES
+    return (
+        DOES_NOT if DOES_NOT in verdicts else NOT_VISIBLE if NOT_VISIBLE in verdicts else REPRODUCES
+    )
 
 
 def metric_by_seed(results: dict[str, dict], arm: str, metric: str) -> dict[str, float]:
     """seed → the metric of the arm's held-out responses, after its training or (ARM@0) before it."""
     name, at, _ = arm.partition("@")
-    held_out = {seed: run["before" if at else "after"] for seed, run in results[name]["runs"].items()}
+    held_out = {
+        seed: run["before" if at else "after"] for seed, run in results[name]["runs"].items()
+    }
     return {seed: found[metric] for seed, found in held_out.items() if metric in found}
 
 
@@ -98,7 +118,10 @@ def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 
     return [
         s
         for s in range(width, last + 1)
-        if all(mean(c, s) - mean(c, s - width) >= share * (mean(c, last) - mean(c, 0)) > 0 for c in both)
+        if all(
+            mean(c, s) - mean(c, s - width) >= share * (mean(c, last) - mean(c, 0)) > 0
+            for c in both
+        )
     ]
 
 
@@ -139,7 +162,11 @@ def finished(claim: Claim, results: dict[str, dict]) -> bool:
 def decisions(claim: Claim, results: dict[str, dict]) -> list[Decided]:
     """The comparisons whose arms have been run."""
     arms = [arm for arm in claim.arms() if run_on_all_seeds(arm, results)]
-    return [decide(c, results) for c in claim.comparisons if {c.first, c.second.removesuffix("@0")} <= set(arms)]
+    return [
+        decide(c, results)
+        for c in claim.comparisons
+        if {c.first, c.second.removesuffix("@0")} <= set(arms)
+    ]
 
 
 def numbers(d: Decided) -> str:
@@ -150,21 +177,30 @@ def numbers(d: Decided) -> str:
 
 def minutes(claim: Claim, results: dict[str, dict]) -> int:
     """Of one core that the runs of the claim's arms take; by the median, since a run may have been paused."""
-    runs = [list(results[arm]["runs"].values()) for arm in claim.arms() if run_on_all_seeds(arm, results)]
+    runs = [
+        list(results[arm]["runs"].values())
+        for arm in claim.arms()
+        if run_on_all_seeds(arm, results)
+    ]
     return round(sum(len(arm) * median(run["seconds"] for run in arm) for arm in runs) / 60)
 
 
 def one_line(name: str, results: dict[str, dict]) -> str:
     """What docs/paper.md says of a claim: the verdict, and the numbers of its primary comparisons."""
     decided = decisions(CLAIMS[name], results)
-    primary = "; ".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
+    primary = "; ".join(
+        f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary
+    )
     links = f"[figure](experiments/figures/{name}.png), `python -m experiments.run {name}`"
     return f"**{of_claim(decided)}**: {primary} ({links})"
 
 
 def title(c: Comparison) -> str:
     """`accuracy, default − lam-0.95`."""
-    arms = {c.first: "", f"{c.first}@0": ", after − before"}  # against itself the metric is a difference already
+    arms = {
+        c.first: "",
+        f"{c.first}@0": ", after − before",
+    }  # against itself the metric is a difference already
     return c.metric.replace("_", " ") + arms.get(c.second, f", {c.first} − {c.second}")
 
 
@@ -176,10 +212,14 @@ def claims_table(results: dict[str, dict]) -> str:
     ]
     for name, claim in CLAIMS.items():
         if not finished(claim, results):
-            lines.append(f"| {claim.text} | {claim.place} | `python -m experiments.run {name}` | not run | | |")
+            lines.append(
+                f"| {claim.text} | {claim.place} | `python -m experiments.run {name}` | not run | | |"
+            )
             continue
         decided = decisions(claim, results)
-        primary = "<br>".join(f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary)
+        primary = "<br>".join(
+            f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary
+        )
         figure = f"[`python -m experiments.run {name}`](experiments/figures/{name}.png)"
         lines.append(
             f"| {claim.text} | {claim.place} | {figure} | {of_claim(decided)} | {primary} | {minutes(claim, results)} |"
@@ -195,10 +235,15 @@ def arms_table(results: dict[str, dict]) -> str:
     ]
     for arm in [a for a in ARMS if a in results and results[a]["runs"]]:
         runs = [run for _, run in sorted(results[arm]["runs"].items())]
-        means = [fmean(run["after"][k] for run in runs) for k in ("accuracy", "length", "format", "reflection", "truncated")]
+        means = [
+            fmean(run["after"][k] for run in runs)
+            for k in ("accuracy", "length", "format", "reflection", "truncated")
+        ]
         by_seed = " ".join(f"{run['after']['accuracy']:.3f}".removeprefix("0") for run in runs)
         flags = f"`{ARMS[arm]}`" if ARMS[arm] else ""
-        cells = f"{means[0]:.3f} | {means[1]:.1f} | {means[2]:.3f} | {means[3]:.3f} | {means[4]:.3f}"
+        cells = (
+            f"{means[0]:.3f} | {means[1]:.1f} | {means[2]:.3f} | {means[3]:.3f} | {means[4]:.3f}"
+        )
         lines.append(f"| {arm} | {flags} | {runs[0]['rate']} | {by_seed} | {cells} |")
     return "\n".join(lines)
 
@@ -212,15 +257,29 @@ def draw(results: dict[str, dict]) -> None:
             done = [arm for arm in claim.arms() if run_on_all_seeds(arm, results)]
             arms = {label(arm): list(results[arm]["runs"].values()) for arm in done}
             curves = {label: [records(run) for run in runs] for label, runs in arms.items()}
-            ends = {label: [evaluations(run) for run in runs] for label, runs in arms.items()} if len(arms) > 1 else None
-            figures.compare(curves, FIGURES / name, f"{claim.text} ({claim.place})", PANELS.get(name, PANELS["rise"]), ends)
+            ends = (
+                {label: [evaluations(run) for run in runs] for label, runs in arms.items()}
+                if len(arms) > 1
+                else None
+            )
+            figures.compare(
+                curves,
+                FIGURES / name,
+                f"{claim.text} ({claim.place})",
+                PANELS.get(name, PANELS["rise"]),
+                ends,
+            )
             compared = [d for d in decisions(claim, results) if d.comparison.metric == "accuracy"]
             rows += [
-                (title(d.comparison).partition(", ")[2], *(round(x, 3) for x in d[1:4])) for d in compared if name != "rise"
+                (title(d.comparison).partition(", ")[2], *(round(x, 3) for x in d[1:4]))
+                for d in compared
+                if name != "rise"
             ]
     if rows:
         what = "difference in held-out accuracy: mean and 95 % interval over seeds"
-        figures.intervals(rows, FIGURES / "differences", "Arms against their reference", what, MARGIN)
+        figures.intervals(
+            rows, FIGURES / "differences", "Arms against their reference", what, MARGIN
+        )
 
 
 def label(arm: str) -> str:
@@ -230,16 +289,23 @@ def label(arm: str) -> str:
 
 def records(run: dict) -> list[dict[str, float]]:
     """The curves of a run as one record a step."""
-    curves, scale = run["curves"], 8 if len(run["curves"]["reward"]) == 5 else 1  # eight on-policy steps' samples
+    curves, scale = (
+        run["curves"],
+        8 if len(run["curves"]["reward"]) == 5 else 1,
+    )  # eight on-policy steps' samples
     return [
-        {"step": s * scale} | {k: c[s] for k, c in curves.items() if c[s] is not None} for s in range(len(curves["reward"]))
+        {"step": s * scale} | {k: c[s] for k, c in curves.items() if c[s] is not None}
+        for s in range(len(curves["reward"]))
     ]
 
 
 def evaluations(run: dict) -> list[dict[str, float]]:
     """The held-out accuracy before and after, as reports/figures.py's evaluations."""
     last = len(run["curves"]["reward"])
-    return [{"step": step, "reward": run[when]["accuracy"]} for step, when in ((0, "before"), (last, "after"))]
+    return [
+        {"step": step, "reward": run[when]["accuracy"]}
+        for step, when in ((0, "before"), (last, "after"))
+    ]
 
 
 def write_pages(results: dict[str, dict]) -> None:
@@ -268,9 +334,18 @@ def results_page(results: dict[str, dict]) -> str:
             primary = "" if d.comparison.primary else " (not primary)"
             lines.append(f"| {title(d.comparison)}{primary} | {numbers(d)} | {d.verdict} |")
         if name == "rise":
-            moments = {seed: step_moments(run["curves"]) for seed, run in sorted(results["default"]["runs"].items())}
-            found = "; ".join(f"seed {seed}: {', '.join(map(str, steps)) or 'none'}" for seed, steps in moments.items())
-            lines += ["", f"Step moments (`verdicts.step_moments`; no part of the verdict): {found}."]
+            moments = {
+                seed: step_moments(run["curves"])
+                for seed, run in sorted(results["default"]["runs"].items())
+            }
+            found = "; ".join(
+                f"seed {seed}: {', '.join(map(str, steps)) or 'none'}"
+                for seed, steps in moments.items()
+            )
+            lines += [
+                "",
+                f"Step moments (`verdicts.step_moments`; no part of the verdict): {found}.",
+            ]
         lines += ["", f"![{claim.text}](figures/{name}.png)", ""]
     return "\n".join([*lines, "## Arms", "", arms_table(results), ""])
 
@@ -278,7 +353,10 @@ def results_page(results: dict[str, dict]) -> str:
 def filled_readme(text: str, results: dict[str, dict]) -> str:
     """README.md with the table of claims between its markers."""
     return re.sub(
-        r"(<!-- claims -->\n).*?(\n<!-- /claims -->)", lambda m: m[1] + claims_table(results) + m[2], text, flags=re.S
+        r"(<!-- claims -->\n).*?(\n<!-- /claims -->)",
+        lambda m: m[1] + claims_table(results) + m[2],
+        text,
+        flags=re.S,
     )
 
 

@@ -62,7 +62,9 @@ MAX_DIGITS = 10_000  # of a number, once written out
 MEMORY = 1 << 30  # bytes of address space for a worker; sympy alone takes a quarter of it
 
 _INTEGER = re.compile(r"0|-?[1-9]\d*", re.A)
-_CLOCK = re.compile(r"(\d\d?):([0-5]\d)[\s~\\,]*(?:\\(?:text|mathrm|mbox)\{ *)?(?:([ap])\.?m\.?)?[ }]*", re.A | re.I)
+_CLOCK = re.compile(
+    r"(\d\d?):([0-5]\d)[\s~\\,]*(?:\\(?:text|mathrm|mbox)\{ *)?(?:([ap])\.?m\.?)?[ }]*", re.A | re.I
+)
 _UNDONE = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])|[∫∑∏]")
 _NESTING = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 _BRACKET = re.compile(r"[()\[\]{}]")
@@ -72,17 +74,27 @@ _MARKS = re.compile(
 )
 _LETTER = re.compile(r"\(?([A-Z])(?:\)?[.:]?|\)[\\ ].*)", re.S)
 _ANOTHER = r".*(?:\b(?:or|and)\b|\b[A-Z][).])"
-_CHOICE = re.compile(rf"(?:(?i:option|choice|answer):? )?[(\[]?([A-Z])(?:[)\].:]+(?!{_ANOTHER})|$)", re.S)
+_CHOICE = re.compile(
+    rf"(?:(?i:option|choice|answer):? )?[(\[]?([A-Z])(?:[)\].:]+(?!{_ANOTHER})|$)", re.S
+)
 _LONE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _UNITS = {
     spelling: names.split()[-1]
     for names in """mm millimeters millimeter|cm centimeters centimeter|m meters meter|km kilometers kilometer|mg milligrams
     milligram|g grams gram|kg kilograms kilogram|inches inch|ft feet foot|yards yard|mi miles mile|s sec seconds second|min
-    minutes minute|h hr hours hour|days day|weeks week|months month|years year|cents cent|dollars dollar""".split("|")
+    minutes minute|h hr hours hour|days day|weeks week|months month|years year|cents cent|dollars dollar""".split(
+        "|"
+    )
     for spelling in names.split()
 }
 _TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-_SCALE = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9", "dozen": "12"}
+_SCALE = {
+    "hundred": "10^2",
+    "thousand": "10^3",
+    "million": "10^6",
+    "billion": "10^9",
+    "dozen": "12",
+}
 # Words after a number that change it, so that it would be wrong to drop them as if they were units.
 _OPERATOR = r"(?:or|and|to|more|less|over|plus|minus|times|point|squared|cubed|factorial|half|halves|\w+ths|thirds|quarters)"
 _PER = r"(?: ?/ ?(?:s|h|[a-z]{3,})(?:\^\{?\d\}?)?)?"
@@ -95,7 +107,12 @@ _UNIT = (
 
 def _raised(small: re.Match) -> str:
     """⁻¹² is ^{-12}, and ₁₂ is _{12}."""
-    return ("_" if small[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^") + "{" + normalize("NFKC", small[0]).replace("−", "-") + "}"
+    return (
+        ("_" if small[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^")
+        + "{"
+        + normalize("NFKC", small[0]).replace("−", "-")
+        + "}"
+    )
 
 
 def _repeating(decimal: re.Match) -> str:
@@ -112,7 +129,10 @@ _REWRITES = [
         (r"[\s.:\\]+$|^[\s=]+", ""),
         (r"^\\text\{(\d[^{}]*)\}$", r"\1"),
         (r"[⁰¹²³⁴-⁹⁻]+|[₀-₉]+", _raised),
-        (r"[¼-¾⅐-⅞]", lambda part: r"\frac{{{}}}{{{}}}".format(*normalize("NFKC", part[0]).split("⁄"))),
+        (
+            r"[¼-¾⅐-⅞]",
+            lambda part: r"\frac{{{}}}{{{}}}".format(*normalize("NFKC", part[0]).split("⁄")),
+        ),
         ("[–−]", "-"),
         ("·", r"\\cdot "),
         (r"\\varnothing|∅", r"\\emptyset "),
@@ -124,7 +144,10 @@ _REWRITES = [
         (r"(?<![A-Za-z\\])(pi|theta|alpha|beta|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
         (r"(?<=[)\]}]) ?U ?(?=[(\[{\\])", r"\\cup "),
         (r"(?<=\d) ?\^? ?\{? ?(?:\\(?:text|mathrm|mbox)\{ ?)?(?:st|nd|rd|th)\b[ }]*$", ""),
-        (r"(?<=\d) ?(?:\\text\{ ?)?(" + "|".join(_SCALE) + r")\b\}?", lambda word: r"\cdot " + _SCALE[word[1]]),
+        (
+            r"(?<=\d) ?(?:\\text\{ ?)?(" + "|".join(_SCALE) + r")\b\}?",
+            lambda word: r"\cdot " + _SCALE[word[1]],
+        ),
         (rf"^([-+]?\d[\d.,]*) {_UNIT}$", r"\1"),
         (r"^[-+]?\d{1,3}(?: \d{3})+$", lambda number: number[0].replace(" ", "")),
         (r"^([-+]?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
@@ -134,7 +157,10 @@ _REWRITES = [
         (r"(?<![A-Za-z\\])i(?![A-Za-z])", "{i}"),
         (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),
         # A last letter on its own is a unit after a number (5 m), and a variable after anything else (a + b + c).
-        (r"^(?![-+]?(?:[\d.,]+|\\[dt]?frac\{\d+\}\{\d+\}) ?\w$)(.*[^A-Za-z\\])([A-Za-z])$", r"\1{\2}"),
+        (
+            r"^(?![-+]?(?:[\d.,]+|\\[dt]?frac\{\d+\}\{\d+\}) ?\w$)(.*[^A-Za-z\\])([A-Za-z])$",
+            r"\1{\2}",
+        ),
         (r"(?<=\d) ?(?:\\text\{ ?)?(?:and|or) ?\}? ?(?=[A-Za-z][\w()]* ?=)", "; "),
         (r"√|(?<!\\)sqrt", r"\\sqrt "),
         (r"\\sqrt ?(\d+|[a-z]\b)", r"\\sqrt{\1}"),
@@ -155,7 +181,9 @@ def _words(text: str) -> str:
     plain = " ".join(_TEXT.sub(r" \1 ", text).strip(" .$").casefold().split())
     # Few letters may be a product, and ab = ba; marked as text, or more of them, they are a word.
     letters = 2 if _TEXT.search(text) else 4
-    is_text = re.fullmatch(r"[a-z][a-z0-9 ,'-]*", plain) and re.search(rf"[a-z]{{{letters}}}", plain)
+    is_text = re.fullmatch(r"[a-z][a-z0-9 ,'-]*", plain) and re.search(
+        rf"[a-z]{{{letters}}}", plain
+    )
     return re.sub(r"^(?:an?|the) ", "", plain) if is_text else ""
 
 
@@ -173,7 +201,11 @@ def by_text(gold: str, answer: str) -> bool | None:
         return gold_words == words
     if (letter := _LETTER.fullmatch(_plain(gold))) and (choice := _CHOICE.match(_plain(answer))):
         return letter[1] == choice[1]
-    if (clock := _CLOCK.fullmatch(gold)) and (other := _CLOCK.fullmatch(answer)) and (clock[2][0] == "0" or clock[3]):
+    if (
+        (clock := _CLOCK.fullmatch(gold))
+        and (other := _CLOCK.fullmatch(answer))
+        and (clock[2][0] == "0" or clock[3])
+    ):
         halves = {half.lower() for half in (clock[3], other[3]) if half}
         return (int(clock[1]), clock[2]) == (int(other[1]), other[2]) and len(halves) < 2
     for kind in (_base, _brackets, _unit):
@@ -198,13 +230,19 @@ def _brackets(text: str) -> str:
 
 
 def _unit(text: str) -> str:
-    word = re.search(r"\d[ ~\\,{}]*(?:\\(?:text|mathrm|mbox)\{[ ~]*)?([A-Za-z]+)[ .}$]*(?:\^\{?\d\}?)?$", text)
-    return _UNITS.get(word[1].lower(), "") if word else "dollar" if re.match(r"\\\$ ?\d", text) else ""
+    word = re.search(
+        r"\d[ ~\\,{}]*(?:\\(?:text|mathrm|mbox)\{[ ~]*)?([A-Za-z]+)[ .}$]*(?:\^\{?\d\}?)?$", text
+    )
+    return (
+        _UNITS.get(word[1].lower(), "") if word else "dollar" if re.match(r"\\\$ ?\d", text) else ""
+    )
 
 
 def _other_case(gold: str, answer: str) -> bool:
     """Whether one writes n where the other writes N: Math-Verify takes them for the same."""
-    ours, theirs = (set(_LONE.findall(re.sub(r"\w+(?:\(\w\))? ?=", "", text))) for text in (gold, answer))
+    ours, theirs = (
+        set(_LONE.findall(re.sub(r"\w+(?:\(\w\))? ?=", "", text))) for text in (gold, answer)
+    )
     return any(letter.swapcase() in theirs - ours for letter in ours - theirs)
 
 
@@ -229,13 +267,22 @@ def _digits(expr: "Basic") -> float:
         return log10(max(1, abs(expr.p), expr.q))
     if isinstance(expr, Float):
         return log10(1 + abs(expr))
-    if not (sizes := [_digits(part) for part in (expr.flat() if isinstance(expr, MatrixBase) else expr.args)]):
+    if not (
+        sizes := [
+            _digits(part) for part in (expr.flat() if isinstance(expr, MatrixBase) else expr.args)
+        ]
+    ):
         return 0.0
-    first, last = sizes[0], min(sizes[-1], 9)  # nobody writes out what 9 digits of a power or factorial make
+    first, last = (
+        sizes[0],
+        min(sizes[-1], 9),
+    )  # nobody writes out what 9 digits of a power or factorial make
     match type(expr).__name__:
         case "Pow":
             terms = {"number" if part.is_Integer else part for part in Add.make_args(expr.base)}
-            return max(1.0, first) * 10 ** (last * len(terms))  # as many digits in each of n^(terms-1) products
+            return max(1.0, first) * 10 ** (
+                last * len(terms)
+            )  # as many digits in each of n^(terms-1) products
         case "factorial" | "factorial2" | "subfactorial" | "gamma":
             return max(1.0, last) * 10**last
         case "binomial":
@@ -256,7 +303,9 @@ def equal(gold: str, answer: str) -> bool:
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,(?!\d{3}$)\d+", answer):
         answer = answer.replace(",", ".")
 
-    whole = [LatexExtractionConfig(boxed_match_priority=-1)]  # and no ExprExtractionConfig, which would search
+    whole = [
+        LatexExtractionConfig(boxed_match_priority=-1)
+    ]  # and no ExprExtractionConfig, which would search
     readings = [parse(f"${_latex(text)}$", whole, parsing_timeout=None) for text in (gold, answer)]
     if not all(readings) or any(isinstance(reading[0], str) for reading in readings):
         return False  # not readable; check_golds names such golds
@@ -265,7 +314,9 @@ def equal(gold: str, answer: str) -> bool:
         return not expected.has(nan, zoo)  # 1/0 and 2/0 are the same zoo
     if max(_digits(expected), _digits(given)) > MAX_DIGITS:
         return False
-    expected, given = (formula.xreplace({Symbol("i", real=False): I}) for formula in (expected, given))
+    expected, given = (
+        formula.xreplace({Symbol("i", real=False): I}) for formula in (expected, given)
+    )
     if isinstance(given, Eq) and (gap := _gap(*given.args)) is not None and gap > 0.01:
         return False  # 6 = 5 is no way to write 5
     named = isinstance(expected, Eq) and expected.lhs.is_Symbol
@@ -276,7 +327,9 @@ def equal(gold: str, answer: str) -> bool:
     if gap is not None and gap <= 1e-12:
         return True
     # Math-Verify rounds to 6 decimals: too coarse for what is small.
-    return (gap is None or gap < 1e-3) and verify(expected, given, allow_set_relation_comp=True, timeout_seconds=None)
+    return (gap is None or gap < 1e-3) and verify(
+        expected, given, allow_set_relation_comp=True, timeout_seconds=None
+    )
 
 
 def _gap(expected: "Basic", given: "Basic") -> float | None:
@@ -284,7 +337,10 @@ def _gap(expected: "Basic", given: "Basic") -> float | None:
     percentages, which may be read either way."""
     from sympy import Expr, UnevaluatedExpr
 
-    if not all(isinstance(side, Expr) and side.is_number and not side.has(UnevaluatedExpr) for side in (expected, given)):
+    if not all(
+        isinstance(side, Expr) and side.is_number and not side.has(UnevaluatedExpr)
+        for side in (expected, given)
+    ):
         return None
     expected, given = expected.doit(), given.doit()
     if expected.is_Rational and given.is_Rational:
@@ -324,7 +380,9 @@ def _work(deadline: float) -> None:
 
 def _serve(deadline: float) -> None:
     print("ready", flush=True)
-    for line in sys.stdin:  # one pair at a time is under way, so a child that ends leaves nothing half read
+    for line in (
+        sys.stdin
+    ):  # one pair at a time is under way, so a child that ends leaves nothing half read
         signal.setitimer(signal.ITIMER_REAL, deadline)
         try:
             same = equal(*json.loads(line))

@@ -20,7 +20,8 @@ import re
 from grading.equivalence import MAX_CHARS
 
 SENTENCE = re.compile(
-    r"\b(is|are|was|were|be|has|have|can|cannot|we|it|there|this|that|therefore|thus|hence|because|since|so)\b", re.I
+    r"\b(is|are|was|were|be|has|have|can|cannot|we|it|there|this|that|therefore|thus|hence|because|since|so)\b",
+    re.I,
 )
 MAX_WORDS = 6
 LONGEST = 20_000  # characters between the tags
@@ -37,7 +38,9 @@ def extract(response: str, require_boxed: bool = False) -> str:
 
 
 def _last_box(text: str) -> str:
-    inside = text.rpartition("\\boxed")[2].lstrip()[: 2 * MAX_CHARS]  # a longer answer could not be right
+    inside = text.rpartition("\\boxed")[2].lstrip()[
+        : 2 * MAX_CHARS
+    ]  # a longer answer could not be right
     depth = 0
     for mark in re.finditer(r"\\.|[{}]", inside, re.S):
         depth += {"{": 1, "}": -1}.get(mark.group(), 0)

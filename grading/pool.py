@@ -77,7 +77,9 @@ class Grader:
     [Grade(reward=1.0, answer='4', timeout=False)]
     """
 
-    def __init__(self, workers: int = 2, deadline: float = 3.0, require_boxed: bool = False) -> None:
+    def __init__(
+        self, workers: int = 2, deadline: float = 3.0, require_boxed: bool = False
+    ) -> None:
         self.deadline, self.require_boxed = deadline, require_boxed
         self._known: OrderedDict[Pair, bool] = OrderedDict()
         self._lock = threading.Lock()
@@ -109,14 +111,20 @@ class Grader:
                 "If they are ordinary answers, the machine is overloaded: use fewer workers or a longer deadline.",
                 stacklevel=2,
             )
-        return [Grade(float(v is True), a, v is None) for v, a in zip(verdicts, answers, strict=True)]
+        return [
+            Grade(float(v is True), a, v is None) for v, a in zip(verdicts, answers, strict=True)
+        ]
 
     def equal(self, golds: list[str], answers: list[str]) -> list[bool | None]:
         """Whether each answer equals its gold; None where the deadline passed. Like pairs are compared once."""
-        pairs = [(gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)]
+        pairs = [
+            (gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)
+        ]
         verdicts = {
             (gold, answer): bool(answer) if not answer or answer == gold else by_text(gold, answer)
-            for gold, answer in dict.fromkeys(pairs)  # the same text is the same answer, whatever it means
+            for gold, answer in dict.fromkeys(
+                pairs
+            )  # the same text is the same answer, whatever it means
         }
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
         verdicts |= self._compare(sorted(undecided, key=lambda pair: cost(*pair)))
@@ -130,7 +138,9 @@ class Grader:
 
     def _compare(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
         with self._lock:
-            verdicts: dict[Pair, bool | None] = {pair: self._known[pair] for pair in pairs if pair in self._known}
+            verdicts: dict[Pair, bool | None] = {
+                pair: self._known[pair] for pair in pairs if pair in self._known
+            }
             waiting = deque(pair for pair in pairs if pair not in verdicts)
             retried: set[Pair] = set()
             try:
@@ -147,13 +157,17 @@ class Grader:
                 self._known.popitem(last=False)
             return verdicts
 
-    def _turn(self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]) -> None:
+    def _turn(
+        self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]
+    ) -> None:
         """Give work to idle workers, wait for one to speak, die or miss its deadline, and act on it."""
         for worker in self._workers:
             if waiting and worker.ready and not worker.pair:
                 worker.send(waiting.popleft(), self.deadline)
         due = min(worker.due for worker in self._workers)
-        for key, _ in self._selector.select(None if due == inf else max(0.0, due - time.monotonic())):
+        for key, _ in self._selector.select(
+            None if due == inf else max(0.0, due - time.monotonic())
+        ):
             worker, line = key.data, key.fileobj.readline().strip()
             if line == b"ready":
                 worker.ready, self._failed_starts = True, 0
@@ -186,5 +200,7 @@ class Grader:
         self._failed_starts += not worker.ready
         if self._failed_starts > 3:
             command = f"{sys.executable} -P {WORKER} --worker {self.deadline}"
-            raise RuntimeError(f"the grader's workers do not start; this command says why: {command}")
+            raise RuntimeError(
+                f"the grader's workers do not start; this command says why: {command}"
+            )
         self._start()

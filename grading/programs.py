@@ -99,10 +99,14 @@ def decode_tests(row: dict) -> Tests:
     The pickle is read as a list of opcodes and never run. Raises ValueError naming the field.
     """
     cases = _cases("public_test_cases", _text(row, "public_test_cases"))
-    cases += _cases("private_test_cases", _unpack("private_test_cases", _text(row, "private_test_cases")))
+    cases += _cases(
+        "private_test_cases", _unpack("private_test_cases", _text(row, "private_test_cases"))
+    )
     kinds = {case["testtype"] for case in cases}
     if kinds not in ({"stdin"}, {"functional"}):
-        raise ValueError(f"field testtype: expected stdin for all or functional for all, found {sorted(kinds)}")
+        raise ValueError(
+            f"field testtype: expected stdin for all or functional for all, found {sorted(kinds)}"
+        )
     function = ""
     if kinds == {"functional"}:
         for number, case in enumerate(cases, 1):
@@ -111,8 +115,12 @@ def decode_tests(row: dict) -> Tests:
         metadata = _json("metadata", _text(row, "metadata"))
         function = metadata.get("func_name") if isinstance(metadata, dict) else None
         if not isinstance(function, str) or not function.isidentifier():
-            raise ValueError(f"field metadata: functional tests need a func_name, found {function!r:.60}")
-    return Tests(tuple(case["input"] for case in cases), tuple(case["output"] for case in cases), function)
+            raise ValueError(
+                f"field metadata: functional tests need a func_name, found {function!r:.60}"
+            )
+    return Tests(
+        tuple(case["input"] for case in cases), tuple(case["output"] for case in cases), function
+    )
 
 
 def _text(row: dict, field: str) -> str:
@@ -125,8 +133,8 @@ def _text(row: dict, field: str) -> str:
 def _json(field: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as wrong:
-        raise ValueError(f"field {field}: not valid JSON ({wrong})") from None
+    except ValueError as error:
+        raise ValueError(f"field {field}: not valid JSON ({error})") from None
 
 
 def _cases(field: str, text: str) -> list[dict]:
@@ -134,7 +142,9 @@ def _cases(field: str, text: str) -> list[dict]:
     for number, case in enumerate(cases if isinstance(cases, list) else [cases], 1):
         for key in ("input", "output", "testtype"):
             if not isinstance(case, dict) or not isinstance(case.get(key), str):
-                raise ValueError(f"field {field}: test {number}: expected an object with text in {key}, found {case!r:.60}")
+                raise ValueError(
+                    f"field {field}: test {number}: expected an object with text in {key}, found {case!r:.60}"
+                )
     return cases
 
 
@@ -152,12 +162,16 @@ def _unpack(field: str, text: str) -> str:
         if not unzip.eof:
             raise ValueError(f"cut off, or over {UNPACKED} bytes")
         opcodes = [(opcode.name, value) for opcode, value, _ in pickletools.genops(packed)]
-    except (ValueError, zlib.error) as wrong:
-        raise ValueError(f"field {field}: neither JSON nor base64 of zlib of a pickle ({wrong})") from None
+    except (ValueError, zlib.error) as error:
+        raise ValueError(
+            f"field {field}: neither JSON nor base64 of zlib of a pickle ({error})"
+        ) from None
     strings = [value for name, value in opcodes if name in _STRINGS]
     foreign = {name for name, _ in opcodes} - _STRINGS - _HARMLESS
     if foreign or len(strings) != 1:
-        raise ValueError(f"field {field}: a pickle of one string was expected, found {sorted(foreign) or len(strings)}")
+        raise ValueError(
+            f"field {field}: a pickle of one string was expected, found {sorted(foreign) or len(strings)}"
+        )
     return strings[0]
 
 
@@ -165,7 +179,11 @@ def _unpack(field: str, text: str) -> str:
 
 
 def judge(
-    programs: Sequence[str], tests: Sequence[Tests], workers: int = 2, seconds: float = 6.0, memory_mb: int = 1024
+    programs: Sequence[str],
+    tests: Sequence[Tests],
+    workers: int = 2,
+    seconds: float = 6.0,
+    memory_mb: int = 1024,
 ) -> list[Verdict]:
     """One verdict per program, `workers` at a time; a program's tests run in order until one fails.
 
@@ -176,13 +194,21 @@ def judge(
     >>> judge(["print(int(input()) ** 2)", "print(9)"], [squares, squares])  # doctest: +SKIP
     [Verdict(passed=True, reason=''), Verdict(passed=False, reason='wrong answer on test 2')]
     """
-    for number, (inputs, outputs, _) in enumerate((test for _, test in zip(programs, tests, strict=True)), 1):
+    for number, (inputs, outputs, _) in enumerate(
+        (test for _, test in zip(programs, tests, strict=True)), 1
+    ):
         if not inputs or len(inputs) != len(outputs):
-            raise ValueError(f"tests of program {number}: {len(inputs)} inputs and {len(outputs)} outputs")
+            raise ValueError(
+                f"tests of program {number}: {len(inputs)} inputs and {len(outputs)} outputs"
+            )
     if problem := sandbox.unavailable():
         raise RuntimeError(problem)
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program, test: _judge(program, test, seconds, memory_mb), programs, tests))
+        return list(
+            pool.map(
+                lambda program, test: _judge(program, test, seconds, memory_mb), programs, tests
+            )
+        )
 
 
 def _judge(program: str, tests: Tests, seconds: float, memory_mb: int) -> Verdict:
@@ -212,8 +238,12 @@ def _equal_lines(expected: str, output: str) -> bool:
     >>> _equal_lines("1 2\n0.50\n", "1 2 \n.5"), _equal_lines("1 2\n", "1\n2\n"), _equal_lines("0.5", "0.5000001")
     (True, False, False)
     """
-    lines, printed = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (expected, output))
-    return len(lines) == len(printed) and all(a == b or _equal_numbers(a, b) for a, b in zip(lines, printed, strict=True))
+    lines, printed = (
+        [line.rstrip() for line in text.rstrip().split("\n")] for text in (expected, output)
+    )
+    return len(lines) == len(printed) and all(
+        a == b or _equal_numbers(a, b) for a, b in zip(lines, printed, strict=True)
+    )
 
 
 def _equal_numbers(expected: str, printed: str) -> bool:
@@ -232,12 +262,21 @@ def main() -> None:
     workers = len(os.sched_getaffinity(0))
     for name, program, test in (
         ("stdin", "print(int(input()) ** 2)", Tests(("3",), ("9",))),
-        ("function", "class Solution:\n    def square(self, x): return x * x", Tests(("3",), ("9",), "square")),
+        (
+            "function",
+            "class Solution:\n    def square(self, x): return x * x",
+            Tests(("3",), ("9",), "square"),
+        ),
     ):
         start = time.monotonic()
         verdicts = judge([program] * 100, [test] * 100, workers)
-        rate, passed = len(verdicts) / (time.monotonic() - start), sum(verdict.passed for verdict in verdicts)
-        print(f"{name}: {passed} of {len(verdicts)} passed, {rate:.0f} programs/s, {workers} at a time")
+        rate, passed = (
+            len(verdicts) / (time.monotonic() - start),
+            sum(verdict.passed for verdict in verdicts),
+        )
+        print(
+            f"{name}: {passed} of {len(verdicts)} passed, {rate:.0f} programs/s, {workers} at a time"
+        )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def unavailable() -> str:
         return f"the sandbox needs Linux, this is {sys.platform}: run it on a Linux machine"
     try:
         reason, output = run("print(input())", "", "ready", seconds=30, memory_mb=512)
-    except RuntimeError as wrong:
-        reason, output = str(wrong), ""
+    except RuntimeError as error:
+        reason, output = str(error), ""
     if output == "ready\n":
         return ""
     return (
@@ -56,8 +56,12 @@ def run(program: str, function: str, given: str, seconds: float, memory_mb: int)
     """
     due = time.monotonic() + seconds
     source, stdin, (report, report_end) = _sealed(program), _sealed(given), os.pipe()
-    python = os.path.realpath(sys._base_executable)  # of no virtual environment: the box knows nothing of one
-    arguments = [str(argument) for argument in (source, report_end, function, math.ceil(seconds), memory_mb)]
+    python = os.path.realpath(
+        sys._base_executable
+    )  # of no virtual environment: the box knows nothing of one
+    arguments = [
+        str(argument) for argument in (source, report_end, function, math.ceil(seconds), memory_mb)
+    ]
     with os.fdopen(report, "rb", buffering=0) as report:
         try:
             box = subprocess.Popen(
@@ -89,7 +93,11 @@ def _sealed(text: str) -> int:
     with os.fdopen(os.dup(file), "wb") as writer:
         writer.write(text.encode(errors="surrogatepass"))
     os.lseek(file, 0, os.SEEK_SET)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    fcntl.fcntl(
+        file,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    )
     return file
 
 

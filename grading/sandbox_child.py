@@ -28,7 +28,9 @@ import sys
 
 MIB = 1 << 20
 FOLDER = 64 * MIB  # /tmp, and the largest file
-STACK = 64 * MIB  # recursion through C (functools.cache) takes more than the usual 8; each thread reserves as much
+STACK = (
+    64 * MIB
+)  # recursion through C (functools.cache) takes more than the usual 8; each thread reserves as much
 THREADS = 32
 FILES = 64
 
@@ -76,7 +78,14 @@ if name:
 """
 
 # Numbers of the kernel's interface: <linux/sched.h>, <linux/mount.h>, <linux/fcntl.h>, <linux/prctl.h>.
-NEW_MOUNT, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+NEW_MOUNT, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
+    1 << 17,
+    1 << 26,
+    1 << 27,
+    1 << 28,
+    1 << 29,
+    1 << 30,
+)
 NAMESPACES = NEW_MOUNT | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
 NOSUID, NODEV, BIND, RECURSIVE, PRIVATE, DETACH = 2, 4, 1 << 12, 1 << 14, 1 << 18, 2
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY, ATTR_NOSUID = 442, -100, 0x8000, 1, 2
@@ -84,7 +93,10 @@ SET_PDEATHSIG, SET_SECCOMP, SET_NO_NEW_PRIVS, SECCOMP_FILTER = 1, 22, 38, 2
 
 # Calls that are refused, with their numbers on x86-64 and ARM64: further processes; memory that belongs to no address
 # space; sockets, some of whose families know no namespaces; keys, traces, the kernel's log, and what invites trouble.
-ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # as in <linux/audit.h>; column below
+ARCHITECTURES = {
+    "x86_64": (0xC000003E, 0),
+    "aarch64": (0xC00000B7, 1),
+}  # as in <linux/audit.h>; column below
 REFUSED = {
     "fork": (57, None), "vfork": (58, None), "unshare": (272, 97), "setns": (308, 268), "socket": (41, 198),
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
@@ -105,9 +117,13 @@ def enter(source: int, report: int, function: str, seconds: int, memory_mb: int)
     `function` is the one to call, "" for none; `report` a file for what goes wrong here. Two of the three processes
     return from here, the program never does. Raises OSError.
     """
-    os.set_inheritable(report, False)  # closed when the program starts: what is reported comes from here
+    os.set_inheritable(
+        report, False
+    )  # closed when the program starts: what is reported comes from here
     call("prctl", SET_PDEATHSIG, signal.SIGKILL)
-    write("/proc/self/oom_score_adj", "1000")  # should memory run out, let it not be the trainer that pays
+    write(
+        "/proc/self/oom_score_adj", "1000"
+    )  # should memory run out, let it not be the trainer that pays
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         call("unshare", NAMESPACES)
@@ -131,7 +147,9 @@ def enter(source: int, report: int, function: str, seconds: int, memory_mb: int)
     if os.geteuid() == 0:
         call("setgroups", 0, None)
         call("setresgid", group, group, group)
-        call("setresuid", user, user, user)  # which ends all capabilities; an ordinary user's end with execve
+        call(
+            "setresuid", user, user, user
+        )  # which ends all capabilities; an ordinary user's end with execve
     set_limits(seconds, memory_mb * MIB)
     filter_calls()
     arguments = [sys.executable, "-S", "-s", "-P", "-B", "-c", DRIVER, str(source), function]
@@ -169,8 +187,18 @@ def make_root() -> None:
     call("umount2", b"/old", DETACH)
     os.rmdir("/old")
     os.makedirs("/tmp", exist_ok=True)
-    attributes = struct.pack("4Q", ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0)  # set, clear, propagation, user namespace
-    call("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+    attributes = struct.pack(
+        "4Q", ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0
+    )  # set, clear, propagation, user namespace
+    call(
+        "syscall",
+        MOUNT_SETATTR,
+        AT_FDCWD,
+        b"/",
+        AT_RECURSIVE,
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
     mount("box", "/tmp", "tmpfs", NOSUID | NODEV, f"size={FOLDER},nr_inodes=4096,mode=1777")
     os.chdir("/tmp")
 
@@ -178,7 +206,8 @@ def make_root() -> None:
 def set_limits(seconds: int, memory: int) -> None:
     limits = {
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: seconds + 1,  # of all threads; the caller's clock is the one that counts
+        resource.RLIMIT_CPU: seconds
+        + 1,  # of all threads; the caller's clock is the one that counts
         resource.RLIMIT_FSIZE: FOLDER,
         resource.RLIMIT_NOFILE: FILES,
         resource.RLIMIT_NPROC: THREADS,  # counted by user and user namespace, so of this box alone
@@ -187,7 +216,9 @@ def set_limits(seconds: int, memory: int) -> None:
     for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    resource.setrlimit(resource.RLIMIT_STACK, (STACK if hard == resource.RLIM_INFINITY else min(STACK, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_STACK, (STACK if hard == resource.RLIM_INFINITY else min(STACK, hard), hard)
+    )
 
 
 def filter_calls() -> None:
@@ -198,19 +229,32 @@ def filter_calls() -> None:
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
-        raise OSError(f"the numbers of system calls are known for {' and '.join(ARCHITECTURES)}, this is {machine}")
+        raise OSError(
+            f"the numbers of system calls are known for {' and '.join(ARCHITECTURES)}, this is {machine}"
+        )
     architecture, column = ARCHITECTURES[machine]
     load, if_equal, if_at_least, if_any, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | EPERM, 0x00050000 | ENOSYS, 0x80000000
 
     # (operation, skip if true, skip if false, operand)
     steps = [(load, 0, 0, 4), (if_equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    steps += [(if_at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # x86-64's second table of the same calls
-    steps += [(if_equal, 0, 1, CLONE3), (answer, 0, 0, absent)]  # its flags lie in memory; libraries fall back to clone
+    steps += [
+        (if_at_least, 0, 1, 0x40000000),
+        (answer, 0, 0, kill),
+    ]  # x86-64's second table of the same calls
+    steps += [
+        (if_equal, 0, 1, CLONE3),
+        (answer, 0, 0, absent),
+    ]  # its flags lie in memory; libraries fall back to clone
     for numbers in REFUSED.values():
         if numbers[column] is not None:
             steps += [(if_equal, 0, 1, numbers[column]), (answer, 0, 0, refuse)]
-    steps += [(if_equal, 0, 3, CLONE[column]), (load, 0, 0, 16), (if_any, 1, 0, THREAD), (answer, 0, 0, refuse)]
+    steps += [
+        (if_equal, 0, 3, CLONE[column]),
+        (load, 0, 0, 16),
+        (if_any, 1, 0, THREAD),
+        (answer, 0, 0, refuse),
+    ]
     steps += [(answer, 0, 0, allow)]
 
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
@@ -220,7 +264,14 @@ def filter_calls() -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    call(
+        "mount",
+        source.encode(),
+        target.encode(),
+        kind.encode(),
+        ctypes.c_ulong(flags),
+        options.encode(),
+    )
 
 
 def call(name: str, *arguments: int | bytes | ctypes.c_ulong | None) -> None:
@@ -238,7 +289,7 @@ if __name__ == "__main__":
     source, report, function, seconds, memory_mb = sys.argv[1:]
     try:
         status = enter(int(source), int(report), function, int(seconds), int(memory_mb))
-    except OSError as wrong:
-        os.write(int(report), str(wrong).encode())
+    except OSError as error:
+        os.write(int(report), str(error).encode())
         status = 1
     os._exit(status)

@@ -33,7 +33,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -67,14 +74,20 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool = False) -> None:
     try:
         if folder.exists() and any(folder.iterdir()):
             if not overwrite and not resume:
-                raise ValueError(f"{folder} is not empty; choose another --name, or pass --overwrite or --resume auto")
+                raise ValueError(
+                    f"{folder} is not empty; choose another --name, or pass --overwrite or --resume auto"
+                )
             if not (folder / "config.json").exists():
-                raise ValueError(f"{folder} holds files that are not a run's; neither --overwrite nor --resume touches them")
+                raise ValueError(
+                    f"{folder} holds files that are not a run's; neither --overwrite nor --resume touches them"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
-    except OSError as wrong:
-        raise OSError(f"{folder}: cannot write the run folder ({wrong.strerror}); choose another --runs") from None
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot write the run folder ({error.strerror}); choose another --runs"
+        ) from None
 
 
 class RunLog:
@@ -85,18 +98,26 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: Any, found: Checkpoint | None = None) -> None:
-        self.folder, self.steps, self.keep = folder, config.steps, (config.keep_rollouts, config.keep_tokens)
+        self.folder, self.steps, self.keep = (
+            folder,
+            config.steps,
+            (config.keep_rollouts, config.keep_tokens),
+        )
         self.gap_limit, self.began, self.first = config.max_logp_gap, time.perf_counter(), 0
         self.writes, self.saves_all = distributed.rank() == 0, config.save_rollouts
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.writes)
-        self.records = [folder / name for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")]
+        self.records = [
+            folder / name for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")
+        ]
         if self.writes:
             self._open(config, found)
         self.metrics, self.evaluations, self.rollouts = (
             (r if self.writes else Path(os.devnull)).open("a") for r in self.records
         )
         self.seconds: dict[str, float] = {}
-        self.total: dict[str, dict[str, float]] = {}  # stage → seconds over the run, and the process's peak memory then
+        self.total: dict[
+            str, dict[str, float]
+        ] = {}  # stage → seconds over the run, and the process's peak memory then
         bar = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -104,7 +125,9 @@ class RunLog:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*bar, console=self.console, disable=not (self.writes and self.console.is_terminal))
+        self.progress = Progress(
+            *bar, console=self.console, disable=not (self.writes and self.console.is_terminal)
+        )
         self.task = self.progress.add_task("training", total=self.steps, completed=self.first)
 
     def _open(self, config: Any, found: Checkpoint | None) -> None:
@@ -116,13 +139,23 @@ class RunLog:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"{self.folder} is in use by another process; end that, or choose another --name") from None
+            raise OSError(
+                f"{self.folder} is in use by another process; end that, or choose another --name"
+            ) from None
         except OSError:
             pass  # some cluster file systems have no locks
-        for old in self.folder.iterdir() if not same else ():  # a run that --overwrite gave up (prepare_folder)
+        for old in (
+            self.folder.iterdir() if not same else ()
+        ):  # a run that --overwrite gave up (prepare_folder)
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-        described = asdict(config) | {"versions": versions(), "machine": platform.platform(), "revision": revision()}
-        (self.folder / "config.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+        described = asdict(config) | {
+            "versions": versions(),
+            "machine": platform.platform(),
+            "revision": revision(),
+        }
+        (self.folder / "config.json").write_text(
+            json.dumps(described, indent=1, default=str) + "\n"
+        )
         for name in ("checkpoints", *(["rollouts"] if self.saves_all else [])):
             (self.folder / name).mkdir(exist_ok=True)
         for abandoned in (self.folder / "checkpoints").glob("*.tmp"):
@@ -130,14 +163,20 @@ class RunLog:
         for name, size in found.about["records"].items() if found else ():
             if not same:
                 shutil.copy(origin / name, self.folder)
-            os.truncate(self.folder / name, size)  # never rewritten: a kill at this moment must not lose a line
+            os.truncate(
+                self.folder / name, size
+            )  # never rewritten: a kill at this moment must not lose a line
         for file in origin.glob("heldout-*.jsonl") if found and not same else ():
             shutil.copy(file, self.folder)
         self.first = found.about["step"] if found else 0
         self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first or None)
         if found:
-            differs = [f"{name} {then} → {now}" for name, (then, now) in changed(found, config).items()]
-            self.console.print(f"going on from {found.path}" + (f" with {', '.join(differs)}" if differs else ""))
+            differs = [
+                f"{name} {then} → {now}" for name, (then, now) in changed(found, config).items()
+            ]
+            self.console.print(
+                f"going on from {found.path}" + (f" with {', '.join(differs)}" if differs else "")
+            )
 
     def __enter__(self) -> "RunLog":
         self.progress.start()
@@ -148,9 +187,13 @@ class RunLog:
         if not self.writes:
             return
         wall = time.perf_counter() - self.began
-        (self.folder / "summary.json").write_text(json.dumps({"seconds": wall, "stages": self.total}, indent=1) + "\n")
+        (self.folder / "summary.json").write_text(
+            json.dumps({"seconds": wall, "stages": self.total}, indent=1) + "\n"
+        )
         stages = ", ".join(f"{name} {used['seconds']:.1f}" for name, used in self.total.items())
-        self.console.print(f"\n{wall:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in {self.folder}")
+        self.console.print(
+            f"\n{wall:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in {self.folder}"
+        )
         for file in (self.metrics, self.evaluations, self.rollouts, self.events):
             file.close()
         os.close(self.lock)
@@ -176,14 +219,16 @@ class RunLog:
         del self.seconds[name]
 
     @contextmanager
-    def saved_if_not_finite(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
+    def dump_rollouts_on_nan(self, step: int, rollouts: Sequence[Rollout]) -> Iterator[None]:
         """Turn a FloatingPointError inside into one that names a file with the step's rollouts, ids and all."""
         try:
             yield
-        except FloatingPointError as wrong:
+        except FloatingPointError as error:
             path = self.folder / f"failed-step-{step}.jsonl"
-            rollout.write(path, rollouts)
-            raise FloatingPointError(f"step {step}: {wrong}; the step's rollouts are in {path}") from wrong
+            rollout.save_rollouts(path, rollouts)
+            raise FloatingPointError(
+                f"step {step}: {error}; the step's rollouts are in {path}"
+            ) from error
 
     def step(
         self, step: int, record: dict[str, float], rollouts: Sequence[Rollout],
@@ -191,7 +236,7 @@ class RunLog:
     ) -> None:  # fmt: skip
         """Write the metrics of a step, some of its rollouts (`rollout.transcripts`), and its line."""
         seconds = sum(self.seconds.values())
-        tokens = sum(len(r.ids) for r in rollouts)
+        tokens = sum(len(r.token_ids) for r in rollouts)
         record = {"step": step, **record, "tokens_per_second": tokens / seconds, "seconds": seconds}
         record |= {f"seconds_{name}": s for name, s in self.seconds.items()}
         record["memory_gb"] = _peak_gb()
@@ -202,16 +247,26 @@ class RunLog:
             print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
         self.rollouts.flush()
         if self.writes and self.saves_all:
-            rollout.write(self.folder / "rollouts" / f"step-{step}.jsonl", rollouts)
+            rollout.save_rollouts(self.folder / "rollouts" / f"step-{step}.jsonl", rollouts)
 
         per_step = (time.perf_counter() - self.began) / (step + 1 - self.first)
         left = per_step * (self.steps - step - 1)
         shown = record | {"left": f"{int(left // 60)}:{int(left % 60):02d}"}
         if step % 25 == 0:
-            self.console.print(" ".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()), style="bold")
-        self.console.print(" ".join(f"{shown.get(k, math.nan):>{width}{form}}" for k, (_, width, form) in COLUMNS.items()))
+            self.console.print(
+                " ".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values()), style="bold"
+            )
+        self.console.print(
+            " ".join(
+                f"{shown.get(k, math.nan):>{width}{form}}"
+                for k, (_, width, form) in COLUMNS.items()
+            )
+        )
         if record["logp_gap"] > self.gap_limit:
-            self.console.print(f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token", style="bold red")
+            self.console.print(
+                f"WARNING: the sampler is off by {record['logp_gap']:.3g} nats per token",
+                style="bold red",
+            )
         self.progress.advance(self.task)
         self.console.file.flush()  # into a file, too, a line a step
 
@@ -219,15 +274,23 @@ class RunLog:
         """Evaluate after `step` updates; record it in evaluations.jsonl, as events and as a line, and keep the responses."""
         with self.aside("evaluate"):
             record, rollouts = held_out(step)
-        print(json.dumps({"step": step, "responses": len(rollouts)} | _finite(record)), file=self.evaluations, flush=True)
+        print(
+            json.dumps({"step": step, "responses": len(rollouts)} | _finite(record)),
+            file=self.evaluations,
+            flush=True,
+        )
         if self.writes:
-            rollout.write(self.folder / f"heldout-{step}.jsonl", rollouts, ids=False)
+            rollout.save_rollouts(self.folder / f"heldout-{step}.jsonl", rollouts, ids=False)
         self._events("heldout/", record, step)
         self.console.print(
             f"held-out after {step} steps: accuracy {record['reward']:.3f}, length {record['length']:.1f}, format "
             f"{record['format']:.3f} on {len(rollouts)} responses", style="bold"
         )  # fmt: skip
-        if sets := [f"{name.partition('/')[2]} {value:.3f}" for name, value in record.items() if name.startswith("reward/")]:
+        if sets := [
+            f"{name.partition('/')[2]} {value:.3f}"
+            for name, value in record.items()
+            if name.startswith("reward/")
+        ]:
             self.console.print(f"  {', '.join(sets)}")
 
     def draw(self) -> None:
@@ -258,10 +321,16 @@ class RunLog:
             table.add_column(heading, justify="right" if heading else "left")
         for name in ("reward", "length", "format", "reflection", "truncated"):
             form = ".1f" if name == "length" else ".3f"
-            table.add_row("accuracy" if name == "reward" else name, f"{before[name]:{form}}", f"{after[name]:{form}}")
+            table.add_row(
+                "accuracy" if name == "reward" else name,
+                f"{before[name]:{form}}",
+                f"{after[name]:{form}}",
+            )
         self.console.print(table)
         for old, new in filter(None, (learned, wrong)):
-            self.console.print(f"\n{old['question']}   gold {old['gold']}", style="bold", markup=False)
+            self.console.print(
+                f"\n{old['question']}   gold {old['gold']}", style="bold", markup=False
+            )
             self.console.print(f"  before (R={old['reward']:.0f}){old['response']}", markup=False)
             self.console.print(f"  after  (R={new['reward']:.0f}){new['response']}", markup=False)
 

@@ -61,12 +61,12 @@ def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
     correct = [r for r in rollouts if r.reward > 0]
     return {
         "reward": mean([r.reward for r in rollouts]),
-        "length": mean([len(r.ids) for r in rollouts]),
+        "length": mean([len(r.token_ids) for r in rollouts]),
         "format": mean([float(follows_format(r.text)) for r in rollouts]),
         "reflection": mean([float(reflects(r.text)) for r in rollouts]),
-        "correct_length": mean([len(r.ids) for r in correct]),
-        "correct_reflection_length": mean([len(r.ids) for r in correct if reflects(r.text)]),
-        "truncated": mean([float(r.finish == "length") for r in rollouts]),
+        "correct_length": mean([len(r.token_ids) for r in correct]),
+        "correct_reflection_length": mean([len(r.token_ids) for r in correct if reflects(r.text)]),
+        "truncated": mean([float(r.finish_reason == "length") for r in rollouts]),
         "pass_at_n": mean([float(s) for s in solved.values()]),
         "timeout": mean([float(r.timeout) for r in rollouts]),
     }
@@ -91,7 +91,12 @@ def summary(rollouts: Sequence[Rollout], equal: Equal) -> dict[str, float]:
     counts = {"problems": len(groups), "samples": samples, "low": low, "high": high}
     several = sorted({*(2**i for i in range(samples.bit_length())), samples})
     passes = {f"pass@{k}": mean([pass_at(k, n, c) for n, c in right]) for k in several}
-    return counts | describe(rollouts) | passes | {f"maj@{samples}": majority(list(groups.values()), equal)}
+    return (
+        counts
+        | describe(rollouts)
+        | passes
+        | {f"maj@{samples}": majority(list(groups.values()), equal)}
+    )
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -120,7 +125,7 @@ def interval(means: Sequence[float]) -> tuple[float, float]:
 def majority(groups: Sequence[Sequence[Rollout]], equal: Equal) -> float:
     """Share of problems whose most frequent answer is right. Answers that `equal` (the grader's) finds the same are one;
     a response that gave none, or was cut off, has no vote; among equally frequent answers each counts its share."""
-    votes = [[r for r in group if r.answer and r.finish == "stop"] for group in groups]
+    votes = [[r for r in group if r.answer and r.finish_reason == "stop"] for group in groups]
     texts = [sorted({r.answer for r in group if not r.problem.tests}) for group in votes]
     pairs = [pair for answers in texts for pair in combinations(answers, 2)]
     verdicts = equal([a for a, _ in pairs], [b for _, b in pairs])
@@ -129,7 +134,10 @@ def majority(groups: Sequence[Sequence[Rollout]], equal: Equal) -> float:
     for group in votes:
         camps: list[list[Rollout]] = []
         for r in sorted(group, key=lambda r: r.answer):
-            home = next((c for c in camps if c[0].answer == r.answer or (c[0].answer, r.answer) in same), None)
+            home = next(
+                (c for c in camps if c[0].answer == r.answer or (c[0].answer, r.answer) in same),
+                None,
+            )
             camps.append([r]) if home is None else home.append(r)
         most = [camp for camp in camps if len(camp) == max(map(len, camps))]
         shares.append(mean([float(camp[0].reward > 0) for camp in most]) if most else 0.0)
@@ -145,4 +153,6 @@ def explained_variance(values: Tensor, targets: Tensor) -> float:
     1.0
     """
     variance = targets.var(correction=0)
-    return float(1 - (targets - values).var(correction=0) / variance) if variance > 0 else float("nan")
+    return (
+        float(1 - (targets - values).var(correction=0) / variance) if variance > 0 else float("nan")
+    )

@@ -47,7 +47,9 @@ def embedded(data: Any) -> str:
     '{"text":"\\\\u003c/script\\\\u003e\\\\u0026"}'
     """
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8; JSON may escape it
+    text = text.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # half a surrogate pair is no UTF-8; JSON may escape it
     for mark in "<>&\u2028\u2029":
         text = text.replace(mark, f"\\u{ord(mark):04x}")
     return text
@@ -66,8 +68,14 @@ def collect(folder: Path, rollouts: int, size: int) -> dict[str, Any]:
         "run": folder.resolve().name,
         "config": config,
         "summary": _read(summary) if summary.exists() else None,
-        "metrics": {name: [_short(row.get(name)) for row in steps] for name in dict.fromkeys(k for r in steps for k in r)},
-        "evaluations": [{k: _short(v) for k, v in row.items()} for _, _, row in lines(folder / "evaluations.jsonl")],
+        "metrics": {
+            name: [_short(row.get(name)) for row in steps]
+            for name in dict.fromkeys(k for r in steps for k in r)
+        },
+        "evaluations": [
+            {k: _short(v) for k, v in row.items()}
+            for _, _, row in lines(folder / "evaluations.jsonl")
+        ],
         "rollouts": chosen,
         "counted": counted,
     }
@@ -82,14 +90,22 @@ def choose(path: Path, count: int, size: int) -> tuple[list[dict[str, Any]], dic
     for number, (start, length, row) in enumerate(lines(path), 1):
         kinds["pieces" in row].append((number, start, length))
     detailed = spread(kinds[True], count, size * 3 // 4)
-    plain = spread(kinds[False], count - len(detailed), size - sum(length for *_, length in detailed))
+    plain = spread(
+        kinds[False], count - len(detailed), size - sum(length for *_, length in detailed)
+    )
     chosen = []
     for number_, start, length in sorted(detailed + plain):
         with path.open("rb") as file:
             file.seek(start)
             row = _json(file.read(length))
-        facts = {"line": number_, "reflects": reflects(row["response"]), "format": follows_format(row["response"])}
-        chosen.append({k: v for k, v in row.items() if k != "response" or "pieces" not in row} | facts)
+        facts = {
+            "line": number_,
+            "reflects": reflects(row["response"]),
+            "format": follows_format(row["response"]),
+        }
+        chosen.append(
+            {k: v for k, v in row.items() if k != "response" or "pieces" not in row} | facts
+        )
     return chosen, {"all": number, "detailed": len(kinds[True])}
 
 
@@ -117,20 +133,22 @@ def lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             raise ValueError(broken)
         try:
             yield start, len(line), _json(line)
-        except ValueError as wrong:
-            broken = f"{path}: line {number}: not JSON ({wrong})"
+        except ValueError as error:
+            broken = f"{path}: line {number}: not JSON ({error})"
         start += len(line)
 
 
 def _json(text: bytes | str) -> Any:
-    return json.loads(text, parse_constant=lambda _: None)  # NaN and infinity are no JSON, and nothing to draw
+    return json.loads(
+        text, parse_constant=lambda _: None
+    )  # NaN and infinity are no JSON, and nothing to draw
 
 
 def _read(path: Path) -> Any:
     try:
         return _json(path.read_bytes())
-    except ValueError as wrong:
-        raise ValueError(f"{path}: not JSON ({wrong})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def _short(value: Any) -> Any:
@@ -145,8 +163,8 @@ def main() -> None:
     try:
         for folder in folders:
             print(write(folder))
-    except (ValueError, OSError) as wrong:
-        sys.exit(f"reports.page: {wrong}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"reports.page: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere: none needs a GPU, and none may find one
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # the same tests everywhere: none needs a GPU, and none may find one
+)
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -26,7 +28,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return tiny.tokenizer()
 
 
-def random_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool, seed: int = 0) -> Path:
+def random_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool, seed: int = 0
+) -> Path:
     """A Qwen2 of random weights in `folder`; peaked enough that its distribution is far from uniform."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -41,12 +45,16 @@ def random_model(folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool, s
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Path:
     return random_model(tmp_path_factory.mktemp("tied"), tokenizer, tied=True)
 
 
 @pytest.fixture(scope="session")
-def untied_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def untied_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Path:
     return random_model(tmp_path_factory.mktemp("untied"), tokenizer, tied=False)
 
 
@@ -60,7 +68,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sums() -> list[Problem]:
     """24 problems of the tiny task."""
-    questions = [Problem(f"test:{i}", q, str(sum(tiny.numbers(q)))) for i, q in enumerate(tiny.problems(0)[0][:24])]
+    questions = [
+        Problem(f"test:{i}", q, str(sum(tiny.numbers(q))))
+        for i, q in enumerate(tiny.problems(0)[0][:24])
+    ]
     return data.tokenize(questions, tiny.tokenizer(), 64, data.TEMPLATE)
 
 
@@ -69,11 +80,19 @@ def problems() -> list[Problem]:
     return sums()
 
 
-def random_rollouts(problems: list[Problem], vocab: int, lengths: list[int], seed: int = 0) -> list[Rollout]:
+def random_rollouts(
+    problems: list[Problem], vocab: int, lengths: list[int], seed: int = 0
+) -> list[Rollout]:
     """Responses of the given lengths made of random tokens."""
     rng = random.Random(seed)
     return [
-        Rollout(problems[i % len(problems)], [rng.randrange(vocab) for _ in range(n)], [0.0] * n, "stop", "")
+        Rollout(
+            problems[i % len(problems)],
+            [rng.randrange(vocab) for _ in range(n)],
+            [0.0] * n,
+            "stop",
+            "",
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -96,7 +115,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
         try:
             main()
         except SystemExit as ended:
-            code, message = (1, f"{ended.code}\n") if isinstance(ended.code, str) else (ended.code or 0, "")
+            code, message = (
+                (1, f"{ended.code}\n") if isinstance(ended.code, str) else (ended.code or 0, "")
+            )
         seen = capsys.readouterr()
         return Ended(code, seen.out, seen.err + message)
 
@@ -116,6 +137,9 @@ def orz_data(*parts: str) -> Path:
 
 def write_orz(path: Path, rows: list[tuple[str, str]]) -> Path:
     """Problems in the authors' training form."""
-    items = [[{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": a}}] for q, a in rows]
+    items = [
+        [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": a}}]
+        for q, a in rows
+    ]
     path.write_text(json.dumps(items))
     return path

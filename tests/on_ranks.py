@@ -18,7 +18,7 @@ import train
 from config import Config
 from critic import load_critic
 from distributed import Sharding
-from hf_sampler import Sampling, VllmEngine
+from hf_sampler import Sampling, VllmSampler
 from policy import Policy, load_policy
 from toy import tiny
 
@@ -33,27 +33,35 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
     optimizers = [ppo.adamw(list(m.parameters())) for m in (policy, critic)]
     left, stats, real = {}, {}, ppo.optimizer_step
 
-    def noted(optimizer: torch.optim.AdamW, lr: float, max_norm: float) -> float:
+    def noted(optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float) -> float:
         for p, name in names.items():
             if p.grad is not None:
-                left[f"gradient {len(left)} {name}"] = distributed.full(p.grad).clone()
-        return real(optimizer, lr, max_norm)
+                left[f"gradient {len(left)} {name}"] = distributed.full_tensor(p.grad).clone()
+        return real(optimizer, lr, max_grad_norm)
 
-    names = {p: f"{m} {name}" for m, model in enumerate((policy, critic)) for name, p in model.named_parameters()}
+    names = {
+        p: f"{m} {name}"
+        for m, model in enumerate((policy, critic))
+        for name, p in model.named_parameters()
+    }
     ppo.optimizer_step = noted
     for step in range(2):
         rollouts = random_rollouts(sums(), policy.model.config.vocab_size, LENGTHS, seed=step)
         for i, r in enumerate(rollouts):
             r.reward = float(i % 3 == 0)
-        values = train.predict(cfg, critic, rollouts)
-        A, targets = train.advantages(cfg, policy, None, rollouts, values)
+        values = train.predict_values(cfg, critic, rollouts)
+        A, targets = train.compute_advantages(cfg, policy, None, rollouts, values)
         with distributed.on_device(cfg.offload, critic, optimizers[1]):
-            stats |= train.update_critic(cfg, critic, optimizers[1], rollouts, values, targets, step)
+            stats |= train.update_critic(
+                cfg, critic, optimizers[1], rollouts, values, targets, step
+            )
         with distributed.on_device(cfg.offload, policy, optimizers[0]):
-            stats |= train.update_policy(cfg, policy, None, optimizers[0], rollouts, train.normalise(A), step)
+            stats |= train.update_policy(
+                cfg, policy, None, optimizers[0], rollouts, train.normalize_advantages(A), step
+            )
         left[f"values {step}"] = values
     ppo.optimizer_step = real
-    left |= {f"weight {name}": distributed.full(p) for p, name in names.items()}
+    left |= {f"weight {name}": distributed.full_tensor(p) for p, name in names.items()}
     if distributed.rank() == 0:
         save_file({name: t.contiguous() for name, t in left.items()}, out / "tensors.safetensors")
         (out / "stats.json").write_text(json.dumps(stats))
@@ -62,44 +70,57 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
 def gap(policy: Policy, rollouts: list[rollout.Rollout]) -> float:
     """Largest |Δ log-prob| between the samplers and the sharded trainer."""
     sampled = torch.tensor([p for r in rollouts for p in r.logprobs])
-    return float((train.logprobs(Config(), policy, rollouts) - sampled).abs().max())
+    return float((train.compute_logprobs(Config(), policy, rollouts) - sampled).abs().max())
 
 
 def engines(out: Path, model: Path, cfg: Config) -> None:
     """The real sampler beside the sharded trainer: agreement, staleness, who answers, who gets which tokens."""
     tokenizer, sampling = tiny.tokenizer(), Sampling(24)
     seen: dict[str, Any] = {}
-    engine = VllmEngine(str(model), [tokenizer.eos_token_id], "float32", 512, 64, 0.4, cfg.tensor_parallel)
+    engine = VllmSampler(
+        str(model), [tokenizer.eos_token_id], "float32", 512, 64, 0.4, cfg.tensor_parallel
+    )
     policy = load_policy(str(model))
 
     def sampled(stream: str) -> list[rollout.Rollout]:
-        mine = rollout.sample(engine, tokenizer, sums()[:7], 3, sampling, stream)
-        seen.setdefault("shares", distributed.gather(len(mine)))
-        return rollout.gathered(mine)
+        mine = rollout.sample_responses(engine, tokenizer, sums()[:7], 3, sampling, stream)
+        seen.setdefault("shares", distributed.all_gather_objects(len(mine)))
+        return rollout.gather_rollouts(mine)
 
     def refused(rollouts: list[rollout.Rollout]) -> list[bool]:
         try:
-            train.refuse_wrong_sampler(cfg, policy, rollouts)
+            train.check_sampler_matches_policy(cfg, policy, rollouts)
         except RuntimeError:
-            return distributed.gather(True)
-        return distributed.gather(False)
+            return distributed.all_gather_objects(True)
+        return distributed.all_gather_objects(False)
 
     def update(rollouts: list[rollout.Rollout], step: int) -> float:
-        A = torch.cat([torch.full((len(r.ids),), len(r.ids) % 2 - 0.5) for r in rollouts])
+        A = torch.cat(
+            [torch.full((len(r.token_ids),), len(r.token_ids) % 2 - 0.5) for r in rollouts]
+        )
         return train.update_policy(cfg, policy, None, optimizer, rollouts, A, step)["logp_gap"]
 
     optimizer = ppo.adamw(list(policy.parameters()))
-    rollout.sync(engine, policy)
+    rollout.sync_weights(engine, policy)
     first = sampled("0/0")
-    same = distributed.gather([r.ids for r in first])
+    same = distributed.all_gather_objects([r.token_ids for r in first])
     seen |= {"before": gap(policy, first), "refused in step": refused(first), "ids": same[0]}
-    seen |= {"all ranks hold the same": all(ids == same[0] for ids in same), "logp_gap in step": update(first, 0)}
+    seen |= {
+        "all ranks hold the same": all(ids == same[0] for ids in same),
+        "logp_gap in step": update(first, 0),
+    }
     stale = sampled("0/1")
-    seen |= {"stale": gap(policy, stale), "refused stale": refused(stale), "logp_gap stale": update(stale, 1)}
-    rollout.sync(engine, policy)
+    seen |= {
+        "stale": gap(policy, stale),
+        "refused stale": refused(stale),
+        "logp_gap stale": update(stale, 1),
+    }
+    rollout.sync_weights(engine, policy)
     after = sampled("0/2")
     seen |= {"after": gap(policy, after), "refused after": refused(after)}
-    if distributed.rank() == distributed.size() - 1 and cfg.tensor_parallel == 1:  # one engine goes astray
+    if (
+        distributed.rank() == distributed.world_size() - 1 and cfg.tensor_parallel == 1
+    ):  # one engine goes astray
         wrong = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
         engine.load_weights((name, 1.1 * weight) for name, weight in wrong.items())
     seen["refused one astray"] = refused(sampled("0/3"))
@@ -110,15 +131,15 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
 
 def together(out: Path, model: Path, cfg: Config) -> None:
     """The last rank is late, as one that still grades; then rank 0 alone finds something wrong."""
-    if distributed.rank() == distributed.size() - 1:
+    if distributed.rank() == distributed.world_size() - 1:
         time.sleep(4)
-    ranks = distributed.gather(distributed.rank())
+    ranks = distributed.all_gather_objects(distributed.rank())
 
     def wrong() -> None:
         raise ValueError("row 7 is bad")
 
     try:
-        distributed.once(wrong)
+        distributed.on_rank0(wrong)
     except ValueError as seen:
         (out / f"stopped-{distributed.rank()}").write_text(f"{ranks} {seen}")
 

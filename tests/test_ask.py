@@ -15,7 +15,9 @@ def test_an_answer_and_its_values(
     tmp_path: Path, base_folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same seed gives the same text; it stops at the stop string; every token has a value; standard input works."""
-    AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1).save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1).save_pretrained(
+        tmp_path
+    )
     flags = ("--model", base_folder, "--response-tokens", 100, "--seed", 3)
     plain = call(main, "1+2+3=?", *flags)
     assert plain.code == 0, plain.err
@@ -30,7 +32,9 @@ def test_an_answer_and_its_values(
     assert shown.replace("⏎", "\n").strip() in valued.out.partition("<think>")[2]
 
 
-def test_a_folder_without_a_value_head_is_refused(base_folder: Path, call: Callable[..., Ended]) -> None:
+def test_a_folder_without_a_value_head_is_refused(
+    base_folder: Path, call: Callable[..., Ended]
+) -> None:
     done = call(main, "1+2=?", "--model", base_folder, "--critic", base_folder)
     assert done.code == 1 and "this holds none" in done.err
     assert len(done.err.strip().splitlines()) == 1

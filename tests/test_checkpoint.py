@@ -26,8 +26,8 @@ from checkpoint import Checkpoints, by_step, find, tensors
 from config import Config, parse
 from critic import Critic, load_critic
 from data import Problem
-from hf_sampler import Sampling, VllmEngine
-from packing import over_tokens
+from hf_sampler import Sampling, VllmSampler
+from packing import forward_all_tokens
 from policy import load_policy
 from preflight import prepare
 from rollout import Rollout, read, sample, write
@@ -58,11 +58,15 @@ def whole(flags: list[str]) -> Path:
 
 def metrics(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k and k != "memory_gb"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if "second" not in k and k != "memory_gb"} for row in rows
+    ]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {role: (folder / role / "model.safetensors").read_bytes() for role in ("policy", "critic")}
+    return {
+        role: (folder / role / "model.safetensors").read_bytes() for role in ("policy", "critic")
+    }
 
 
 def refusal(flags: list[str], *more: str) -> str:
@@ -82,7 +86,9 @@ def copy(whole: Path) -> Path:
 
 
 def test_every_step_and_only_the_last_ones_are_kept(flags: list[str], whole: Path) -> None:
-    assert [p.name for p in by_step(whole / "checkpoints")] == [f"step-{n}" for n in range(1, STEPS + 1)]
+    assert [p.name for p in by_step(whole / "checkpoints")] == [
+        f"step-{n}" for n in range(1, STEPS + 1)
+    ]
     two = run(flags, "--name", "two", "--keep-checkpoints", "2")
     assert [p.name for p in by_step(two / "checkpoints")] == ["step-3", "step-4"]
     assert not list((two / "checkpoints").glob("*.tmp"))
@@ -91,18 +97,24 @@ def test_every_step_and_only_the_last_ones_are_kept(flags: list[str], whole: Pat
 @pytest.mark.parametrize("step", [1, 3])
 def test_branching_off_gives_the_same_run(flags: list[str], whole: Path, step: int) -> None:
     """From a checkpoint in another folder: same metrics, before and after it, and the same weights to the last bit."""
-    branch = run(flags, "--name", f"branch-{step}", "--resume", str(whole / "checkpoints" / f"step-{step}"))
+    branch = run(
+        flags, "--name", f"branch-{step}", "--resume", str(whole / "checkpoints" / f"step-{step}")
+    )
     assert metrics(branch) == metrics(whole)
     assert weights(branch) == weights(whole)
 
 
-def test_auto_starts_when_there_is_nothing_and_goes_on_when_there_is(flags: list[str], whole: Path) -> None:
+def test_auto_starts_when_there_is_nothing_and_goes_on_when_there_is(
+    flags: list[str], whole: Path
+) -> None:
     more = ("--name", "auto", "--resume", "auto")
     half = run(flags, *more, "--steps", "2")
     assert len(metrics(half)) == 2
     assert weights(run(flags, *more)) == weights(whole)
     assert metrics(half) == metrics(whole)
-    assert weights(run(flags, *more)) == weights(whole)  # finished: nothing left to do, nothing lost
+    assert weights(run(flags, *more)) == weights(
+        whole
+    )  # finished: nothing left to do, nothing lost
     assert "finished run without checkpoints" in refusal(flags, *more, "--name", bare(half).name)
 
 
@@ -113,16 +125,22 @@ def bare(folder: Path) -> Path:
     return other
 
 
-def test_a_truncated_checkpoint_is_passed_over(flags: list[str], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_checkpoint_is_passed_over(
+    flags: list[str], copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = next((copy / "checkpoints" / "step-4").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
     found = find("auto", copy)
     assert found.path.name == "step-3"
     assert "step-4 is damaged" in capsys.readouterr().out
-    assert "is damaged: __0_0.distcp has" in refusal(flags, "--name", "x", "--resume", str(file.parent))
+    assert "is damaged: __0_0.distcp has" in refusal(
+        flags, "--name", "x", "--resume", str(file.parent)
+    )
     (copy / "checkpoints" / "step-3" / "run.json").unlink()
     assert find("auto", copy).path.name == "step-2"
-    assert "no complete checkpoint" in refusal(flags, "--name", "x", "--resume", str(copy / "checkpoints" / "step-3"))
+    assert "no complete checkpoint" in refusal(
+        flags, "--name", "x", "--resume", str(copy / "checkpoints" / "step-3")
+    )
     assert len(by_step(copy / "checkpoints")) == 4  # none was removed
 
 
@@ -136,14 +154,22 @@ def test_other_models_and_runs_are_refused_by_name(
     said = refusal(flags, "--model", str(other), "--name", "x", "--resume", last)
     assert "is of another model: its" in said
     assert "holds policy and critic, this run has policy" in refusal(flags, "--name", "x", "--resume", last, "--advantage", "grpo")  # fmt: skip  # noqa: E501
-    assert "already past --steps 3" in refusal(flags, "--name", "x", "--resume", last, "--steps", "3")
-    assert "step-4 is newer" in refusal(flags, "--name", "whole", "--resume", str(whole / "checkpoints" / "step-2"))
-    assert "pass one of them" in refusal(flags, "--name", "whole", "--resume", "auto", "--overwrite")
+    assert "already past --steps 3" in refusal(
+        flags, "--name", "x", "--resume", last, "--steps", "3"
+    )
+    assert "step-4 is newer" in refusal(
+        flags, "--name", "whole", "--resume", str(whole / "checkpoints" / "step-2")
+    )
+    assert "pass one of them" in refusal(
+        flags, "--name", "whole", "--resume", "auto", "--overwrite"
+    )
     assert "is not empty" in refusal(flags, "--name", "whole")
     assert "--resume auto" in refusal(flags, "--name", "whole")
 
 
-def trained(folder: Path, tied: bool = True) -> dict[str, tuple[torch.nn.Module, torch.optim.AdamW]]:
+def trained(
+    folder: Path, tied: bool = True
+) -> dict[str, tuple[torch.nn.Module, torch.optim.AdamW]]:
     policy = load_policy(str(folder))
     return {"policy": (policy, ppo.adamw(list(policy.parameters())))}
 
@@ -169,7 +195,9 @@ def test_the_loop_goes_on_while_a_copy_is_written(
     assert all(torch.equal(t, before[name]) for name, t in tensors(fresh).items())
 
 
-def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path: Path, model_folder: Path) -> None:
+def test_a_full_disk_is_said_and_the_older_checkpoint_stays(
+    tmp_path: Path, model_folder: Path
+) -> None:
     """A file-size limit stands for the full disk: the write fails in the same place."""
     with Checkpoints(tmp_path, Config(checkpoint_every=1), trained(model_folder)) as saver:
         saver.step(1, False, [])
@@ -177,7 +205,9 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path: Path, mode
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         try:
-            with pytest.raises(OSError, match=r"step-2 could not be written .*step-1 is complete") as wrong:
+            with pytest.raises(
+                OSError, match=r"step-2 could not be written .*step-1 is complete"
+            ) as wrong:
                 saver.step(2, False, [])
                 saver.finish()
         finally:
@@ -189,8 +219,10 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path: Path, mode
     assert checkpoint.read(tmp_path / "step-3").about["step"] == 3
 
 
-def test_replay_trains_the_same_without_a_sampler(flags: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "open_engine", lambda *_: pytest.fail("a replay needs no sampler"))
+def test_replay_trains_the_same_without_a_sampler(
+    flags: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "open_sampler", lambda *_: pytest.fail("a replay needs no sampler"))
     again = run(flags, "--name", "replay", "--replay", str(whole / "rollouts"))
     assert metrics(again) == metrics(whole)
     assert weights(again) == weights(whole)
@@ -212,7 +244,7 @@ def test_rollouts_come_back_from_their_file(tmp_path: Path, problems: list[Probl
 
 
 def logprobs(model: torch.nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
-    return over_tokens(lambda m: model(m)[0], rollouts, 4096, "cpu")
+    return forward_all_tokens(lambda m: model(m)[0], rollouts, 4096, "cpu")
 
 
 def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
@@ -227,15 +259,24 @@ def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
     rollouts = read(whole / "rollouts" / "step-3.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    scorer = AutoModelForSequenceClassification.from_pretrained(whole / "critic", dtype=torch.float32)
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        whole / "critic", dtype=torch.float32
+    )
     logp, values = [], []
     for r in rollouts:
-        ids = torch.tensor([[*r.problem.prompt_ids, *r.ids]])
+        ids = torch.tensor([[*r.problem.prompt_ids, *r.token_ids]])
         at = len(r.problem.prompt_ids) - 1
-        logp.append(plain(ids).logits[0, at:-1].log_softmax(-1).gather(-1, torch.tensor(r.ids)[:, None])[:, 0])
+        logp.append(
+            plain(ids)
+            .logits[0, at:-1]
+            .log_softmax(-1)
+            .gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0]
+        )
         values.append(scorer.score(scorer.model(ids).last_hidden_state)[0, at:-1, 0])
     torch.testing.assert_close(torch.cat(logp), logprobs(policy, rollouts), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(torch.cat(values), over_tokens(critic, rollouts, 4096, "cpu"), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat(values), forward_all_tokens(critic, rollouts, 4096, "cpu"), atol=1e-4, rtol=1e-5
+    )
     question = rollouts[0].problem.question
     chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     assert chat == data.prompt(question)
@@ -246,19 +287,28 @@ def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
 
 def test_vllm_loads_an_export(whole: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pytest.importorskip("vllm")
-    engine = VllmEngine(str(whole / "policy"), [tokenizer.eos_token_id], "float32", 512, 64, 0.4)
+    engine = VllmSampler(str(whole / "policy"), [tokenizer.eos_token_id], "float32", 512, 64, 0.4)
     rollouts = sample(
-        engine, tokenizer, [r.problem for r in read(whole / "rollouts" / "step-3.jsonl")][::4], 3, Sampling(24), "0"
+        engine,
+        tokenizer,
+        [r.problem for r in read(whole / "rollouts" / "step-3.jsonl")][::4],
+        3,
+        Sampling(24),
+        "0",
     )
     sampled = torch.tensor([p for r in rollouts for p in r.logprobs])
-    torch.testing.assert_close(sampled, logprobs(load_policy(str(whole / "policy")), rollouts), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        sampled, logprobs(load_policy(str(whole / "policy")), rollouts), atol=1e-4, rtol=0
+    )
 
 
 def values(critic: Critic, rollouts: list[Rollout]) -> torch.Tensor:
-    return over_tokens(critic, rollouts, 4096, "cpu")
+    return forward_all_tokens(critic, rollouts, 4096, "cpu")
 
 
-def test_a_critic_to_begin_with(flags: list[str], whole: Path, tmp_path: Path, problems: list[Problem]) -> None:
+def test_a_critic_to_begin_with(
+    flags: list[str], whole: Path, tmp_path: Path, problems: list[Problem]
+) -> None:
     """Our export, and the authors' released form: the head is called value_head and folded to (8, H/8)."""
     rollouts = random_rollouts(problems, 100, [3, 1, 5])
     expected = values(load_critic(str(whole / "critic")), rollouts)
@@ -271,11 +321,15 @@ def test_a_critic_to_begin_with(flags: list[str], whole: Path, tmp_path: Path, p
 
     first = [
         metrics(run(flags, "--name", f"begins-{i}", "--steps", "1", *more))[0]
-        for i, more in enumerate((("--init-critic", str(theirs)), ("--init-critic", str(whole / "critic")), ()))
+        for i, more in enumerate(
+            (("--init-critic", str(theirs)), ("--init-critic", str(whole / "critic")), ())
+        )
     ]
     assert first[0] == first[1]
     assert first[0]["value_loss"] != first[2]["value_loss"]
     assert "holds no value head" in refusal(flags, "--name", "x", "--init-critic", flags[1])
     stored["value_head.weight"] = stored["value_head.weight"][:4].contiguous()
     save_file(stored, theirs / "model.safetensors", metadata={"format": "pt"})
-    assert "a value head of 32 numbers; expected 64" in refusal(flags, "--name", "x", "--init-critic", str(theirs))
+    assert "a value head of 32 numbers; expected 64" in refusal(
+        flags, "--name", "x", "--init-critic", str(theirs)
+    )

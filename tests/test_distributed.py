@@ -15,18 +15,27 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from config import Config
-from packing import rows_of_ranks
+from packing import assign_packs
 
-SETTINGS: dict[str, Any] = {"model": "tiny", "critic_steps": 4, "policy_lr": 1e-4, "critic_lr": 1e-4, "policy_warmup": 1,
-                            "critic_warmup": 1, "micro_tokens": 250}  # fmt: skip
+SETTINGS: dict[str, Any] = {"model": "tiny", "critic_steps": 4, "policy_lr": 1e-4, "critic_lr": 1e-4, "policy_lr_warmup": 1,
+                            "critic_lr_warmup": 1, "micro_tokens": 250}  # fmt: skip
 
 
 def on(ranks: int, job: str, out: Path, model: Path, **settings: Any) -> None:
     """Run a job of on_ranks.py under torchrun; its output is shown when it fails."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     command += [on_ranks.__file__, job, str(out), str(model), json.dumps(SETTINGS | settings)]
-    paths = os.pathsep.join(str(p) for p in (Path(on_ranks.__file__).parent, Path(on_ranks.__file__).parent.parent))
+    paths = os.pathsep.join(
+        str(p) for p in (Path(on_ranks.__file__).parent, Path(on_ranks.__file__).parent.parent)
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +75,9 @@ def test_world_size_changes_nothing(
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_engines_beside_a_sharded_trainer(tmp_path: Path, model_folder: Path, tensor_parallel: int) -> None:
+def test_engines_beside_a_sharded_trainer(
+    tmp_path: Path, model_folder: Path, tensor_parallel: int
+) -> None:
     """Two ranks, two engines or one. Log-probabilities agree before and after an update; stale engines are refused by all
     ranks, also when only one of two is; every rank ends up with every response, whoever sampled it."""
     pytest.importorskip("vllm")
@@ -87,8 +98,12 @@ def test_engines_beside_a_sharded_trainer(tmp_path: Path, model_folder: Path, te
 
 def test_ranks_wait_for_a_late_one_and_stop_together(tmp_path: Path, model_folder: Path) -> None:
     on(2, "together", tmp_path, model_folder)
-    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["[0, 1] row 7 is bad"] * 2
-    with pytest.raises(AssertionError, match=r"[Tt]ime(d )?out"):  # the limit is the flag's, and there is one
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == [
+        "[0, 1] row 7 is bad"
+    ] * 2
+    with pytest.raises(
+        AssertionError, match=r"[Tt]ime(d )?out"
+    ):  # the limit is the flag's, and there is one
         on(2, "together", tmp_path, model_folder, timeout_minutes=0.03)
 
 
@@ -97,10 +112,10 @@ def test_rows_of_ranks() -> None:
     torch.manual_seed(0)
     inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
     for ranks in (1, 2, 4, 7):
-        rows = rows_of_ranks(inputs, 1000, ranks)
+        rows = assign_packs(inputs, 1000, ranks)
         assert len({len(own) for own in rows}) == 1
         assert sorted(i for own in rows for row in own for i in row) == list(inputs)
         assert all(sum(inputs[i] for i in row) <= 1000 for own in rows for row in own)
         tokens = [sum(inputs[i] for row in own for i in row) for own in rows]
         assert max(tokens) - min(tokens) <= 200
-    assert rows_of_ranks({4: 3}, 10, 3) == [[[4]], [[]], [[]]]
+    assert assign_packs({4: 3}, 10, 3) == [[[4]], [[]], [[]]]

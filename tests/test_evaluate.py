@@ -12,7 +12,18 @@ from conftest import Ended, orz_data, write_orz
 import evaluate
 from evaluate import main
 
-QUICK = ["--response-tokens", "48", "--prompt-tokens", "64", "--engine", "transformers", "--threads", "1", "--samples", "4"]
+QUICK = [
+    "--response-tokens",
+    "48",
+    "--prompt-tokens",
+    "64",
+    "--engine",
+    "transformers",
+    "--threads",
+    "1",
+    "--samples",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +33,34 @@ def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_models_two_sets_one_table_and_going_on(
-    tmp_path: Path, base_folder: Path, model_folder: Path, sums_file: Path, call: Callable[..., Ended]
+    tmp_path: Path,
+    base_folder: Path,
+    model_folder: Path,
+    sums_file: Path,
+    call: Callable[..., Ended],
 ) -> None:
-    """--rows 4 with 4 samples makes pieces of four problems. A call that was cut off in the third piece of the first set,
+    """--max-num-seqs 4 with 4 samples makes pieces of four problems. A call that was cut off in the third piece of the first set,
     in the middle of a line, samples two pieces again, and gets what an uninterrupted call gets."""
-    flags = ["--model", base_folder, model_folder, "--benchmarks", sums_file, f"again={sums_file}", *QUICK, "--rows", 4]
+    flags = [
+        "--model",
+        base_folder,
+        model_folder,
+        "--benchmarks",
+        sums_file,
+        f"again={sums_file}",
+        *QUICK,
+        "--max-num-seqs",
+        4,
+    ]
     done = call(main, *flags, "--out", tmp_path)
     assert done.code == 0, done.err
     assert "T = 1, top-p 1, at most 48 tokens" in done.out and done.out.count("  again ") == 2
     (base, random) = sorted(tmp_path.iterdir(), key=lambda p: "tied" in p.name)
     results = json.loads((base / "results.json").read_text())
     assert results["sums"]["problems"] == 16 and results["sums"]["samples"] == 4
-    assert (base / "sums.jsonl").read_text() != (base / "again.jsonl").read_text().replace("again:", "sums:")  # own streams
+    assert (base / "sums.jsonl").read_text() != (base / "again.jsonl").read_text().replace(
+        "again:", "sums:"
+    )  # own streams
     assert json.loads((random / "results.json").read_text())["sums"]["format"] == 0
     file = base / "sums.jsonl"
     whole = file.read_bytes()
@@ -51,11 +78,28 @@ def test_two_models_two_sets_one_table_and_going_on(
     assert file.read_bytes() == whole
 
 
-def test_vllm_answers_too(tmp_path: Path, model_folder: Path, untied_folder: Path, sums_file: Path) -> None:
+def test_vllm_answers_too(
+    tmp_path: Path, model_folder: Path, untied_folder: Path, sums_file: Path
+) -> None:
     """Two models one after the other in one process."""
     pytest.importorskip("vllm")
-    flags = ["--model", model_folder, untied_folder, "--benchmarks", sums_file, *QUICK, "--engine", "vllm"]
-    command = [sys.executable, evaluate.__file__, *map(str, flags), "--out", str(tmp_path)]  # vLLM alters its process
+    flags = [
+        "--model",
+        model_folder,
+        untied_folder,
+        "--benchmarks",
+        sums_file,
+        *QUICK,
+        "--engine",
+        "vllm",
+    ]
+    command = [
+        sys.executable,
+        evaluate.__file__,
+        *map(str, flags),
+        "--out",
+        str(tmp_path),
+    ]  # vLLM alters its process
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/results.json"))) == 2
@@ -65,20 +109,56 @@ def test_vllm_answers_too(tmp_path: Path, model_folder: Path, untied_folder: Pat
     ("flags", "message"),
     [
         ((), "pass --model and --benchmarks"),
-        (("--model", "MODEL", "--benchmarks", "absent.jsonl"), "absent.jsonl: no such file or folder"),
-        (("--model", "MODEL", "--benchmarks", "SETS", "SETS.json", "a=SETS", "a=other.json"), "two sets are called a"),
-        (("--model", "MODEL", "--benchmarks", "SETS", "--samples", "0"), "--samples 0: must be above 0"),
-        (("--model", "MODEL", "--benchmarks", "SETS", "--prompt-tokens", "3", "--response-tokens", "9"), "s:1: prompt of"),
-        (("--model", "MODEL", "--benchmarks", "SETS", "--response-tokens", "9999"), "over the 1024 positions"),
-        (("--model", "SETS", "--benchmarks", "SETS"), "not a folder or hub id with a readable model"),
+        (
+            ("--model", "MODEL", "--benchmarks", "absent.jsonl"),
+            "absent.jsonl: no such file or folder",
+        ),
+        (
+            ("--model", "MODEL", "--benchmarks", "SETS", "SETS.json", "a=SETS", "a=other.json"),
+            "two sets are called a",
+        ),
+        (
+            ("--model", "MODEL", "--benchmarks", "SETS", "--samples", "0"),
+            "--samples 0: must be above 0",
+        ),
+        (
+            (
+                "--model",
+                "MODEL",
+                "--benchmarks",
+                "SETS",
+                "--prompt-tokens",
+                "3",
+                "--response-tokens",
+                "9",
+            ),
+            "s:1: prompt of",
+        ),
+        (
+            ("--model", "MODEL", "--benchmarks", "SETS", "--response-tokens", "9999"),
+            "over the 1024 positions",
+        ),
+        (
+            ("--model", "SETS", "--benchmarks", "SETS"),
+            "not a folder or hub id with a readable model",
+        ),
     ],
 )
 def test_refusals_are_one_line(
-    tmp_path: Path, model_folder: Path, sums_file: Path, flags: tuple[str, ...], message: str,
+    tmp_path: Path,
+    model_folder: Path,
+    sums_file: Path,
+    flags: tuple[str, ...],
+    message: str,
     call: Callable[..., Ended],
 ) -> None:
     names = {"MODEL": str(model_folder), "SETS": str(sums_file)}
-    done = call(main, *(names.get(f, f.replace("SETS", str(sums_file))) for f in flags), "--out", tmp_path / "out")
+    done = call(
+        main,
+        *(names.get(f, f.replace("SETS", str(sums_file))) for f in flags),
+        "--out",
+        tmp_path / "out",
+    )
     assert done.code == 1
     (line,) = done.err.strip().splitlines()
     assert line.startswith("evaluate.py: ")
@@ -101,13 +181,22 @@ def test_recorded_responses(tmp_path: Path, call: Callable[..., Ended]) -> None:
     assert cells["b"][1:3] == ["1", "100.00"]
     file.write_text('{"gold": "4"}')
     done = call(main, "--responses", file)
-    assert done.code == 1 and "recorded.jsonl:1: field response or pred: expected text, found None" in done.err
+    assert (
+        done.code == 1
+        and "recorded.jsonl:1: field response or pred: expected text, found None" in done.err
+    )
 
 
-def test_real_recorded_responses_reproduce_their_labels(tmp_path: Path, call: Callable[..., Ended]) -> None:
+def test_real_recorded_responses_reproduce_their_labels(
+    tmp_path: Path, call: Callable[..., Ended]
+) -> None:
     """Within one point, on each set of responses to the paper's prompt. (The train log's labels are another grader's.)"""
     lines = orz_data("responses", "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["fmt"] == "orz_think_answer" and row["set"] != "orz_fork_train_log"]
+    rows = [
+        row
+        for row in map(json.loads, lines)
+        if row["fmt"] == "orz_think_answer" and row["set"] != "orz_fork_train_log"
+    ]
     file = tmp_path / "orz.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     done = call(main, "--responses", file)

@@ -7,16 +7,19 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-from config import check, parse
 from data import Problem
 from experiments import claims, run, verdicts
 from experiments.claims import ARMS, CLAIMS, Comparison
+from preflight import parse, validate_settings
 
 
 def results(first: list[float], second: list[float], metric: str = "accuracy") -> dict[str, dict]:
     """Two arms with these held-out numbers, seed by seed."""
     arms = {"a": first, "b": second}
-    return {arm: {"runs": {f"{s}": {"after": {metric: v}} for s, v in enumerate(values)}} for arm, values in arms.items()}
+    return {
+        arm: {"runs": {f"{s}": {"after": {metric: v}} for s, v in enumerate(values)}}
+        for arm, values in arms.items()
+    }
 
 
 def test_a_difference_is_paired_over_seeds() -> None:
@@ -55,12 +58,14 @@ def test_every_arm_is_named_and_its_flags_are_valid() -> None:
     prepared = set(run.PREPARATIONS) | set(run.CHANGES) | {"default"}
     for arm, flags in ARMS.items():
         assert bool(flags) != (arm in prepared) or arm == "per-pack", arm
-        check(parse(["--model", "tiny-long", *flags.split()]))
+        validate_settings(parse(["--model", "tiny-long", *flags.split()]))
     assert set(run.PREPARATIONS) | set(run.CHANGES) | set(run.FIRST) <= set(ARMS)
 
 
 def test_equal_samples_and_updates_off_policy() -> None:
-    on, off = (parse(["--model", "tiny-long", *ARMS[arm].split()]) for arm in ("default", "off-policy"))
+    on, off = (
+        parse(["--model", "tiny-long", *ARMS[arm].split()]) for arm in ("default", "off-policy")
+    )
     assert on.steps * on.prompts * on.samples == off.steps * off.prompts * off.samples
     assert on.steps * on.policy_steps == off.steps * off.policy_steps
     assert on.steps * on.critic_steps == off.steps * off.critic_steps
@@ -80,7 +85,10 @@ def test_packs_weigh_alike() -> None:
         train.micro_batches = lambda *args: iter([Pack(2), Pack(6)])
         ppo.value_loss = lambda tokens, each: torch.tensor(float(tokens * each))
         with run.means_per_pack():
-            sums = [ppo.value_loss(len(p.flat), each) for p, each in zip(train.micro_batches(), (1, 3), strict=True)]
+            sums = [
+                ppo.value_loss(len(p.flat), each)
+                for p, each in zip(train.micro_batches(), (1, 3), strict=True)
+            ]
         assert sum(sums) / 8 == pytest.approx(2.0)
     finally:
         train.micro_batches, ppo.value_loss = original, loss
@@ -99,9 +107,13 @@ def test_the_format_reward_pays_a_tenth_for_the_format() -> None:
 
 def test_what_is_stored_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    assert run.open_jobs(["lam-0.95"]) == [("lam-0.95", claims.SWEEP_SEED, rate) for rate in claims.RATES]
+    assert run.open_jobs(["lam-0.95"]) == [
+        ("lam-0.95", claims.SWEEP_SEED, rate) for rate in claims.RATES
+    ]
     for rate, accuracy in zip(claims.RATES, (0.1, 0.3, 0.2), strict=True):
-        run.keep("lam-0.95", {"seed": claims.SWEEP_SEED, "rate": rate, "after": {"accuracy": accuracy}})
+        run.keep(
+            "lam-0.95", {"seed": claims.SWEEP_SEED, "rate": rate, "after": {"accuracy": accuracy}}
+        )
     best = claims.RATES[1]
     assert run.open_jobs(["lam-0.95"]) == [("lam-0.95", seed, best) for seed in claims.SEEDS]
     run.keep("lam-0.95", {"seed": 2, "rate": best, "after": {"accuracy": 0.5}})
@@ -113,5 +125,10 @@ def test_pages_say_what_the_results_say() -> None:
     """RESULTS.md, README.md and docs/paper.md are what experiments/verdicts.py would write now."""
     found = verdicts.load()
     assert (ROOT / "experiments" / "RESULTS.md").read_text() == verdicts.results_page(found)
-    for page, filled in ((verdicts.README, verdicts.filled_readme), (verdicts.PAPER, verdicts.filled_paper)):
-        assert filled(page.read_text(), found) == page.read_text(), f"python -m experiments.verdicts rewrites {page.name}"
+    for page, filled in (
+        (verdicts.README, verdicts.filled_readme),
+        (verdicts.PAPER, verdicts.filled_paper),
+    ):
+        assert filled(page.read_text(), found) == page.read_text(), (
+            f"python -m experiments.verdicts rewrites {page.name}"
+        )

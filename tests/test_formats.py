@@ -15,18 +15,40 @@ from conftest import orz_data
 import data
 from curation import formats
 
-GPQA = {"Question": "Which?", "Correct Answer": "r", **{f"Incorrect Answer {i}": f"w{i}" for i in (1, 2, 3)}}
+GPQA = {
+    "Question": "Which?",
+    "Correct Answer": "r",
+    **{f"Incorrect Answer {i}": f"w{i}" for i in (1, 2, 3)},
+}
 LAYOUTS = [
-    ([{"from": "human", "value": "q"}, {"from": "assistant", "ground_truth": {"value": "1"}}], ("q", "1")),
+    (
+        [{"from": "human", "value": "q"}, {"from": "assistant", "ground_truth": {"value": "1"}}],
+        ("q", "1"),
+    ),
     (["q", "w", "x", "y", "z", "D"], ("q\n\nA. w\nB. x\nC. y\nD. z", "D")),
     ({"prompt": [{"from": "user", "value": "q"}], "final_answer": "1"}, ("q", "1")),
-    ({"question": "q", "options": ["x", "y"], "answer": "B", "answer_index": 1}, ("q\n\nA. x\nB. y", "B")),
-    ({"question": "q", "choices": ["x", "y"], "answer": 0, "subject": "s"}, ("q\n\nA. x\nB. y", "A")),
-    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "ground_truth": "1"}, ("q", "1")),
+    (
+        {"question": "q", "options": ["x", "y"], "answer": "B", "answer_index": 1},
+        ("q\n\nA. x\nB. y", "B"),
+    ),
+    (
+        {"question": "q", "choices": ["x", "y"], "answer": 0, "subject": "s"},
+        ("q\n\nA. x\nB. y", "A"),
+    ),
+    (
+        {
+            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+            "ground_truth": "1",
+        },
+        ("q", "1"),
+    ),
     ({"problem": "q", "answer": "1", "solution": "s"}, ("q", "1")),
     ({"problem": "q", "expected_answer": 70}, ("q", "70")),
     ({"problem": "q", "answer": 27.0}, ("q", "27")),
-    ({"problem": "q", "solution": "first $\\boxed{0}$, then $\\boxed{\\frac{1}{2}}$"}, ("q", "\\frac{1}{2}")),
+    (
+        {"problem": "q", "solution": "first $\\boxed{0}$, then $\\boxed{\\frac{1}{2}}$"},
+        ("q", "\\frac{1}{2}"),
+    ),
     ({"question": "q", "answer": "4*18=<<4*18=72>>72\n#### 72"}, ("q", "72")),
 ]
 
@@ -47,11 +69,24 @@ def test_gpqa_options_are_shuffled_alike_every_time_and_not_alike_for_all() -> N
     assert letters == set("ABCD")
 
 
-def test_programming_problems_carry_their_tests_and_say_where_the_program_goes(tmp_path: Path) -> None:
-    row = {"question_content": "Add.", "starter_code": "", "public_test_cases": "[]", "metadata": "{}"}
-    (tmp_path / "code.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"starter_code": "class Solution:"}))
+def test_programming_problems_carry_their_tests_and_say_where_the_program_goes(
+    tmp_path: Path,
+) -> None:
+    row = {
+        "question_content": "Add.",
+        "starter_code": "",
+        "public_test_cases": "[]",
+        "metadata": "{}",
+    }
+    (tmp_path / "code.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps(row | {"starter_code": "class Solution:"})
+    )
     stdin, method = data.load(tmp_path / "code.jsonl")
-    assert stdin.answer == "" and stdin.tests["public_test_cases"] == "[]" and "stdin" in stdin.question
+    assert (
+        stdin.answer == ""
+        and stdin.tests["public_test_cases"] == "[]"
+        and "stdin" in stdin.question
+    )
     assert "class Solution:" in method.question and "```python" in method.question
 
 
@@ -72,19 +107,29 @@ def test_containers_hold_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(formats.BENCHMARKS) - {"livecodebench"}))
-def test_benchmarks_by_their_public_ids(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmarks_by_their_public_ids(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub id, its configuration and split, read by `datasets` from a folder laid out as the hub's repository is:
     `datasets` takes a folder of that name for the repository."""
     hub = formats.HUB.fullmatch(formats.BENCHMARKS[name])
     rows = {
         "gpqa_diamond": GPQA,
         "mmlu": {"question": "q", "subject": "s", "choices": ["w", "x", "y", "z"], "answer": 3},
-        "mmlu_pro": {"question_id": 1, "question": "q", "options": list("abcdefghij"), "answer": "J", "answer_index": 9},
+        "mmlu_pro": {
+            "question_id": 1,
+            "question": "q",
+            "options": list("abcdefghij"),
+            "answer": "J",
+            "answer_index": 9,
+        },
     }
     repository = tmp_path / hub["id"]
     repository.mkdir(parents=True)
     config, split = hub["config"] or "default", hub["split"] or "train"
-    (repository / f"{config}.jsonl").write_text(json.dumps(rows.get(name, {"problem": "q", "answer": "5"})))
+    (repository / f"{config}.jsonl").write_text(
+        json.dumps(rows.get(name, {"problem": "q", "answer": "5"}))
+    )
     files = f"configs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config}.jsonl\n"
     (repository / "README.md").write_text(f"---\n{files}---\n")
     monkeypatch.chdir(tmp_path)
@@ -93,14 +138,23 @@ def test_benchmarks_by_their_public_ids(name: str, tmp_path: Path, monkeypatch: 
     assert problem.source == f"{name}:1" and problem.answer in "5ABCDJ"
 
 
-@pytest.mark.parametrize("source", ["HuggingFaceH4/MATH-500@test", "livecodebench/code_generation_lite/test6.jsonl"])
+@pytest.mark.parametrize(
+    "source", ["HuggingFaceH4/MATH-500@test", "livecodebench/code_generation_lite/test6.jsonl"]
+)
 def test_an_unreachable_hub_is_one_line_that_says_what_else_would_do(source: str) -> None:
-    program = f"import data\ntry:\n    data.load({source!r})\nexcept OSError as wrong:\n    print(wrong)"
+    program = (
+        f"import data\ntry:\n    data.load({source!r})\nexcept OSError as error:\n    print(error)"
+    )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     folder = Path(data.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=folder
+    )
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{source}: no such file here, and the hub does not give it") and '{"question"' in line
+    assert (
+        line.startswith(f"{source}: no such file here, and the hub does not give it")
+        and '{"question"' in line
+    )
 
 
 @pytest.mark.parametrize(

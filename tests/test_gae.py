@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gae import gae, grpo_advantages, last_token_rewards, normalise
+from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
 
 
 def by_definition(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
@@ -16,7 +16,9 @@ def by_definition(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
     r, v = r.double(), v.double()
     T = len(r)
     delta = [r[t] + gamma * (v[t + 1] if t + 1 < T else 0.0) - v[t] for t in range(T)]
-    return torch.stack([sum((gamma * lam) ** k * delta[t + k] for k in range(T - t)) for t in range(T)])
+    return torch.stack(
+        [sum((gamma * lam) ** k * delta[t + k] for k in range(T - t)) for t in range(T)]
+    )
 
 
 ragged = st.lists(st.integers(1, 12), min_size=1, max_size=6)
@@ -28,7 +30,9 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     lengths = draw(ragged)
     n = sum(lengths)
     value = st.floats(-3, 3, width=32)
-    rewards, values = (torch.tensor(draw(st.lists(value, min_size=n, max_size=n))) for _ in range(2))
+    rewards, values = (
+        torch.tensor(draw(st.lists(value, min_size=n, max_size=n))) for _ in range(2)
+    )
     return rewards, values, torch.tensor(lengths)
 
 
@@ -46,19 +50,29 @@ def test_gamma_lambda_one_is_exactly_R_minus_V() -> None:
 def test_by_hand() -> None:
     """γ = 0.5, λ = 0.5, r = (0, 0, 1), V = (0.5, 0.6, 0.9): δ = (−0.2, −0.15, 0.1); Â_2 = 0.1,
     Â_1 = −0.15 + 0.25·0.1 = −0.125, Â_0 = −0.2 + 0.25·(−0.125) = −0.23125."""
-    A, targets = gae(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.6, 0.9]), torch.tensor([3]), gamma=0.5, lam=0.5)
+    A, targets = gae(
+        torch.tensor([0.0, 0.0, 1.0]),
+        torch.tensor([0.5, 0.6, 0.9]),
+        torch.tensor([3]),
+        gamma=0.5,
+        lam=0.5,
+    )
     torch.testing.assert_close(A, torch.tensor([-0.23125, -0.125, 0.1]))
     torch.testing.assert_close(targets, torch.tensor([0.26875, 0.475, 1.0]))
 
 
 @settings(deadline=None, max_examples=60)
 @given(batches(), unit, unit)
-def test_equals_the_definition(batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float) -> None:
+def test_equals_the_definition(
+    batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float
+) -> None:
     rewards, values, lengths = batch
     A, targets = gae(rewards, values, lengths, gamma, lam)
     expected = [
         by_definition(r, v, gamma, lam)
-        for r, v in zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True)
+        for r, v in zip(
+            rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True
+        )
     ]
     torch.testing.assert_close(A, torch.cat(expected).float(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(targets, A + values, atol=1e-5, rtol=1e-5)
@@ -73,7 +87,12 @@ def test_nothing_leaks_between_responses(
     rewards, values, lengths = batch
     A, _ = gae(rewards, values, lengths, gamma, lam)
     parts = list(
-        zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), A.split(lengths.tolist()), strict=True)
+        zip(
+            rewards.split(lengths.tolist()),
+            values.split(lengths.tolist()),
+            A.split(lengths.tolist()),
+            strict=True,
+        )
     )
     for r, v, a in parts:
         assert torch.equal(gae(r, v, torch.tensor([len(r)]), gamma, lam)[0], a)
@@ -96,7 +115,13 @@ def test_equals_torchrl(gamma: float, lam: float) -> None:
     v_next = torch.cat([v[:, 1:], torch.zeros(B, 1)], 1)
     done = torch.arange(T) == lengths[:, None] - 1
     A, target = functional.generalized_advantage_estimate(
-        gamma, lam, v[..., None], v_next[..., None], r[..., None], done=done[..., None], terminated=done[..., None]
+        gamma,
+        lam,
+        v[..., None],
+        v_next[..., None],
+        r[..., None],
+        done=done[..., None],
+        terminated=done[..., None],
     )
     mine, my_target = gae(rewards, values, lengths, gamma, lam)
     torch.testing.assert_close(mine, A[..., 0][inside], atol=1e-5, rtol=1e-5)
@@ -114,14 +139,26 @@ def test_normalise() -> None:
     """Zero mean and unit population variance over all tokens; equal advantages give zeros, not NaN; shift and scale of the
     rewards do not matter."""
     a = torch.tensor([0.5, -0.5, 0.25, 1.0, 0.0])
-    n = normalise(a)
+    n = normalize_advantages(a)
     assert abs(float(n.mean())) < 1e-6
     assert math.isclose(float(n.var(correction=0)), 1.0, rel_tol=1e-5)
-    torch.testing.assert_close(normalise(3 * a + 7), n)
-    assert torch.equal(normalise(torch.full((4,), 0.3)), torch.zeros(4))
+    torch.testing.assert_close(normalize_advantages(3 * a + 7), n)
+    assert torch.equal(normalize_advantages(torch.full((4,), 0.3)), torch.zeros(4))
 
 
 def test_grpo_advantages_are_per_group_and_constant_along_a_response() -> None:
-    R, groups, lengths = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([7, 7, 3, 3]), torch.tensor([2, 3, 1, 1])
+    R, groups, lengths = (
+        torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        torch.tensor([7, 7, 3, 3]),
+        torch.tensor([2, 3, 1, 1]),
+    )
     assert grpo_advantages(R, groups, lengths).tolist() == [1, 1, -1, -1, -1, 0, 0]
-    assert grpo_advantages(R, groups, lengths, by_std=False).tolist() == [0.5, 0.5, -0.5, -0.5, -0.5, 0, 0]
+    assert grpo_advantages(R, groups, lengths, by_std=False).tolist() == [
+        0.5,
+        0.5,
+        -0.5,
+        -0.5,
+        -0.5,
+        0,
+        0,
+    ]

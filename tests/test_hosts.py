@@ -12,7 +12,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # In namespaces of its own (users, mounts, processes) anybody may do this whom the kernel lets have them, and nothing is left
 # when it ends, however it ends. `ip` keeps its names in /run.
-ISOLATED = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc"]
+ISOLATED = [
+    "unshare",
+    "--map-root-user",
+    "--net",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "sh",
+    "-euc",
+]
 HOSTS = """
 mount -t tmpfs none /run
 ip netns add host0
@@ -60,5 +70,7 @@ def test_two_hosts_train_as_one(flags: list[str]) -> None:
     same(two, one)
     copies = start(TWO_HOSTS, flags, "a-replica-each", "--replicas", "2").ends()
     close(copies, one)
-    print(f"\nbytes over the wire: {received(two)} sharded over both hosts, {received(copies)} with a replica each")
+    print(
+        f"\nbytes over the wire: {received(two)} sharded over both hosts, {received(copies)} with a replica each"
+    )
     assert 0 < received(copies) < received(two)

@@ -26,7 +26,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        self.elements = max(
+            [self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+        )
         return out
 
 
@@ -38,7 +40,10 @@ def one_row(problems: list[Problem], vocab: int, lengths: list[int]) -> policy.M
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_logprobs_equal_the_naive_ones(
-    untied_folder: Path, problems: list[Problem], monkeypatch: pytest.MonkeyPatch, temperature: float
+    untied_folder: Path,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
 ) -> None:
     """Values, entropy and gradients, with chunks that leave a remainder."""
     model = policy.load_policy(str(untied_folder))
@@ -58,7 +63,9 @@ def test_chunked_logprobs_equal_the_naive_ones(
     logp, entropy = model(micro, temperature)
     (logp * weights).sum().backward()
     torch.testing.assert_close(logp, naive, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        entropy, -(log_softmax.exp() * log_softmax).sum(-1), atol=1e-5, rtol=1e-5
+    )
     assert not entropy.requires_grad
     for p, e in zip(model.parameters(), expected, strict=True):
         assert float((p.grad - e).norm()) <= 1e-5 * float(e.norm())
@@ -76,15 +83,22 @@ def test_tokens_times_vocabulary_never_exists(
     monkeypatch.setattr(policy, "LEAST", 1)
     with Largest() as largest:
         model(micro)[0].sum().backward()
-    other = max(p.numel() for p in model.parameters()), micro.input_ids.shape[1] * model.model.config.intermediate_size
-    assert largest.elements <= max(32 * V, *other, len(micro.boundaries) * micro.longest * 64)
+    other = (
+        max(p.numel() for p in model.parameters()),
+        micro.input_ids.shape[1] * model.model.config.intermediate_size,
+    )
+    assert largest.elements <= max(32 * V, *other, len(micro.cu_seqlens) * micro.max_seqlen * 64)
     assert largest.elements < n * V / 2
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU"
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_compute_the_same(model_folder: Path, problems: list[Problem], checkpointing: bool) -> None:
+def test_compiled_layers_compute_the_same(
+    model_folder: Path, problems: list[Problem], checkpointing: bool
+) -> None:
     """In one graph for all layers and all shapes of rows."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -123,11 +137,11 @@ def test_value_is_read_before_the_action(model_folder: Path, problems: list[Prob
 
     before = values()
     assert before.shape == (6,)
-    r.ids[2] = (r.ids[2] + 1) % 100
+    r.token_ids[2] = (r.token_ids[2] + 1) % 100
     after = values()
     assert torch.equal(before[:3], after[:3])
     assert bool((before[3:] != after[3:]).all())
-    r.ids[5] = (r.ids[5] + 1) % 100
+    r.token_ids[5] = (r.token_ids[5] + 1) % 100
     assert torch.equal(values(), after)
 
 
@@ -148,7 +162,9 @@ def test_value_heads(model_folder: Path) -> None:
         critic.load_critic(str(model_folder), "uniform")
 
 
-def test_printed_value_head_starts_far_outside_the_rewards(model_folder: Path, problems: list[Problem]) -> None:
+def test_printed_value_head_starts_far_outside_the_rewards(
+    model_folder: Path, problems: list[Problem]
+) -> None:
     """What the choice does: values of U(−√5, √5) have a spread far above that of any 0/1 reward, so they explain worse than
     nothing (explained variance ≪ 0); the authors' head starts at about 0."""
     micro = one_row(problems, 100, [10] * 8)
@@ -171,5 +187,7 @@ def test_critic_folder_keeps_its_value_head(
     again = critic.load_critic(str(tmp_path / "critic"), "zeros")
     micro = one_row(problems, 100, [4, 9])
     assert torch.equal(model(micro), again(micro))
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", dtype=torch.float32)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "critic", dtype=torch.float32
+    )
     assert torch.equal(plain.score.weight, model.model.score.weight)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import ppo
 from critic import load_critic
 from data import Problem
-from packing import MicroBatch, micro_batches, mini_batches, over_tokens
+from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
 
 LENGTHS = [5, 1, 9, 3, 7, 2, 12, 4]
@@ -22,45 +22,51 @@ def policy(model_folder: Path) -> Policy:
 
 
 def flat_logprobs(policy: Policy, rollouts: list, max_tokens: int) -> torch.Tensor:
-    return over_tokens(lambda m: policy(m)[0], rollouts, max_tokens, "cpu")
+    return forward_all_tokens(lambda m: policy(m)[0], rollouts, max_tokens, "cpu")
 
 
 def test_the_picture() -> None:
     """The example of the module's docstring, field by field."""
     A, B = Problem("A", "", "", (1, 2, 3)), Problem("B", "", "", (4, 5))
     a, b = random_rollouts([A, B], 9, [3, 2])
-    a.ids, b.ids = [11, 12, 13], [14, 15]
+    a.token_ids, b.token_ids = [11, 12, 13], [14, 15]
     (micro,) = micro_batches([a, b], [1, 0], max_tokens=100)  # shorter first
     assert micro.input_ids.tolist() == [[4, 5, 14, 1, 2, 3, 11, 12]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert micro.boundaries.tolist() == [0, 3, 8]
-    assert micro.longest == 5
-    assert micro.action_at.tolist() == [1, 2, 5, 6, 7]
+    assert micro.cu_seqlens.tolist() == [0, 3, 8]
+    assert micro.max_seqlen == 5
+    assert micro.predict_index.tolist() == [1, 2, 5, 6, 7]
     assert micro.actions.tolist() == [14, 15, 11, 12, 13]
     assert micro.flat.tolist() == [3, 4, 0, 1, 2]
 
 
-def test_packed_equals_separate_forwards(model_folder: Path, policy: Policy, problems: list[Problem]) -> None:
+def test_packed_equals_separate_forwards(
+    model_folder: Path, policy: Policy, problems: list[Problem]
+) -> None:
     """Against transformers' own forward, one unpacked sequence at a time."""
     rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
     plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     expected = []
     for r in rollouts:
-        ids = torch.tensor([[*r.problem.prompt_ids, *r.ids]])
+        ids = torch.tensor([[*r.problem.prompt_ids, *r.token_ids]])
         logp = plain(ids).logits[0, :-1].log_softmax(-1)[len(r.problem.prompt_ids) - 1 :]
-        expected.append(logp.gather(-1, torch.tensor(r.ids)[:, None])[:, 0])
+        expected.append(logp.gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0])
     packed = flat_logprobs(policy, rollouts, max_tokens=10_000)  # all in one row
     torch.testing.assert_close(packed, torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("broken", ["boundaries", "positions"])
-def test_wrong_boundaries_or_positions_are_seen(policy: Policy, problems: list[Problem], broken: str) -> None:
+@pytest.mark.parametrize("broken", ["cu_seqlens", "positions"])
+def test_wrong_boundaries_or_positions_are_seen(
+    policy: Policy, problems: list[Problem], broken: str
+) -> None:
     """The comparison above has teeth: attention across sequences, or positions that run on, change the result."""
     rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
     (micro,) = micro_batches(rollouts, range(len(rollouts)), 10_000)
     T = micro.input_ids.shape[1]
     wrong: MicroBatch = {
-        "boundaries": micro._replace(boundaries=torch.tensor([0, T], dtype=torch.int32), longest=T),
+        "cu_seqlens": micro._replace(
+            cu_seqlens=torch.tensor([0, T], dtype=torch.int32), max_seqlen=T
+        ),
         "positions": micro._replace(position_ids=torch.arange(T)[None] * 3),
     }[broken]
     right, off = policy(micro)[0], policy(wrong)[0]

@@ -24,7 +24,19 @@ HOSTILE = (
     "{{script}} ${window.hacked = 1} {{constructor.constructor('window.hacked = 1')()}} &lt;b&gt; <svg onload=a()> "
     "\u202e 😀 \\u003c"
 )
-TEXTS = [" so", "\n", " ", "", "∑", "</", "script", ">", "<img src=x onerror=window.hacked=1>", "\t", "\\boxed{7}"]
+TEXTS = [
+    " so",
+    "\n",
+    " ",
+    "",
+    "∑",
+    "</",
+    "script",
+    ">",
+    "<img src=x onerror=window.hacked=1>",
+    "\t",
+    "\\boxed{7}",
+]
 
 
 def row(step: int, reward: float = 0.0, tokens: int = 11, **more: Any) -> dict[str, Any]:
@@ -46,7 +58,9 @@ def numbers(texts: list[str], seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_folder(folder: Path, rollouts: list[dict[str, Any]], steps: int = 3, finished: bool = True) -> Path:
+def run_folder(
+    folder: Path, rollouts: list[dict[str, Any]], steps: int = 3, finished: bool = True
+) -> Path:
     folder.mkdir(exist_ok=True)
     config = {"model": "tiny", "steps": 3, "prompts": 4, "samples": 4, "policy_lr": 1e-3, "critic_lr": 1e-3, "gamma": 1.0,
               "lam": 1.0, "advantage": "gae", "seed": 0, "name": HOSTILE}  # fmt: skip
@@ -57,10 +71,18 @@ def run_folder(folder: Path, rollouts: list[dict[str, Any]], steps: int = 3, fin
     heldout = {"reward/a": 0.2, "reward/b": 0.3, "length": 9.0, "format": 1.0}
     evaluations = [{"step": s, "reward": 0.1 + s / 10, **heldout} for s in (0, 3)]
     (folder / "config.json").write_text(json.dumps(config))
-    for name, rows in (("metrics", metrics), ("evaluations", evaluations if finished else []), ("rollouts", rollouts)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    for name, rows in (
+        ("metrics", metrics),
+        ("evaluations", evaluations if finished else []),
+        ("rollouts", rollouts),
+    ):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        )
     if finished:
-        (folder / "summary.json").write_text(json.dumps({"seconds": 9.25, "stages": {"sample": {"seconds": 4.0}}}))
+        (folder / "summary.json").write_text(
+            json.dumps({"seconds": 9.25, "stages": {"sample": {"seconds": 4.0}}})
+        )
     return folder
 
 
@@ -80,8 +102,15 @@ def test_no_text_ends_the_data() -> None:
 def test_the_page_allows_its_own_code_only(tmp_path: Path) -> None:
     text = page.write(run_folder(tmp_path / "run", [row(0, response=HOSTILE)])).read_text()
     policy = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', text).group(1)
-    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy and "{" not in policy
-    assert not re.search(r"""(src|href)=["']|url\(|@import|innerHTML|document\.write|eval\(""", page.TEMPLATE.read_text())
+    assert (
+        policy.startswith("default-src 'none'; script-src 'sha256-")
+        and "unsafe" not in policy
+        and "{" not in policy
+    )
+    assert not re.search(
+        r"""(src|href)=["']|url\(|@import|innerHTML|document\.write|eval\(""",
+        page.TEMPLATE.read_text(),
+    )
     assert data_of(tmp_path / "run" / "report.html")["rollouts"][0]["response"] == HOSTILE
     assert [p.name for p in tmp_path.glob("run/*.tmp")] == []
 
@@ -94,13 +123,15 @@ def test_pieces_are_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
         for end in range(len(ids)):
             assert "".join(rollout.pieces(tokenizer, ids[:end])) == tokenizer.decode(ids[:end])
     (r,) = random_rollouts([Problem("", "", "")], len(tokenizer), [3000])
-    texts = rollout.pieces(tokenizer, r.ids)
-    assert len(texts) == 3000 and "".join(texts) == tokenizer.decode(r.ids)
+    texts = rollout.pieces(tokenizer, r.token_ids)
+    assert len(texts) == 3000 and "".join(texts) == tokenizer.decode(r.token_ids)
     assert rollout.pieces(tokenizer, tokenizer.encode("😀=")) == ["", "", "", "😀", "="]
 
 
 def test_pieces_of_a_real_vocabulary() -> None:
-    vocab, merges = (str(orz_data("qwen2_tokenizer", name)) for name in ("vocab.json", "merges.txt"))
+    vocab, merges = (
+        str(orz_data("qwen2_tokenizer", name)) for name in ("vocab.json", "merges.txt")
+    )
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|endoftext|>")
     text = "So x² ≤ \\frac{1}{2}, 𝔸 ⟹ 中文\r\n\n  however, 😀🏳️‍🌈</answer><|endoftext|>"
     ids = tokenizer.encode(text)
@@ -109,12 +140,19 @@ def test_pieces_of_a_real_vocabulary() -> None:
     assert "" in texts and texts[0] == "So"
 
 
-def test_kept_tokens_have_their_own_numbers(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
+def test_kept_tokens_have_their_own_numbers(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
     """Each token's value is the one of its place in the flat vectors; the kept rollouts are spread over the problems."""
-    rollouts = random_rollouts([p for p in problems[:8] for _ in range(4)], 200, [3 + i % 5 for i in range(32)])
+    rollouts = random_rollouts(
+        [p for p in problems[:8] for _ in range(4)], 200, [3 + i % 5 for i in range(32)]
+    )
     for i, r in enumerate(rollouts):
-        r.text, r.logprobs = tokenizer.decode(r.ids), [-1.23456789 * (i + 1)] * len(r.ids)
-    flat = [(i, t) for i, r in enumerate(rollouts) for t in range(len(r.ids))]
+        r.text, r.logprobs = (
+            tokenizer.decode(r.token_ids),
+            [-1.23456789 * (i + 1)] * len(r.token_ids),
+        )
+    flat = [(i, t) for i, r in enumerate(rollouts) for t in range(len(r.token_ids))]
     values = torch.tensor([i + t / 10 for i, t in flat])
     kept = list(rollout.transcripts(rollouts, 8, 4, tokenizer, values, -values))
     assert [r["problem"] for r in kept] == [p.source for p in problems[:8]]
@@ -124,10 +162,12 @@ def test_kept_tokens_have_their_own_numbers(tokenizer: PreTrainedTokenizerBase, 
         assert r["values"] == pytest.approx([4 * i + t / 10 for t in range(r["tokens"])])
         assert r["advantages"] == [-v for v in r["values"]]
         assert r["logprobs"] == [float(f"{-1.23456789 * (4 * i + 1):.4g}")] * r["tokens"]
-        assert "".join(r["pieces"]) == r["response"] and r["ids"] == rollouts[4 * i].ids
+        assert "".join(r["pieces"]) == r["response"] and r["ids"] == rollouts[4 * i].token_ids
     without = list(rollout.transcripts(rollouts, 8, 99, tokenizer, None, values))
     assert all("advantages" in r and "values" not in r for r in without)
-    assert not any("pieces" in r for r in rollout.transcripts(rollouts, 8, 0, tokenizer, values, values))
+    assert not any(
+        "pieces" in r for r in rollout.transcripts(rollouts, 8, 0, tokenizer, values, values)
+    )
     rollouts[0].text += "another tokenizer's"
     first, *others = rollout.transcripts(rollouts, 8, 8, tokenizer, values, values)
     assert "pieces" not in first and "values" not in first and all("pieces" in r for r in others)
@@ -141,7 +181,10 @@ def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
     path = page.write(folder, rollouts=100, size=1_000_000)
     data = data_of(path)
     assert data["counted"] == {"all": 1200, "detailed": 400}
-    assert len(data["rollouts"]) == 100 and path.stat().st_size < 1_000_000 + page.TEMPLATE.stat().st_size
+    assert (
+        len(data["rollouts"]) == 100
+        and path.stat().st_size < 1_000_000 + page.TEMPLATE.stat().st_size
+    )
     for kind in (True, False):
         steps = [r["step"] for r in data["rollouts"] if ("pieces" in r) == kind]
         assert steps[0] == 0 and steps[-1] == 199
@@ -149,7 +192,9 @@ def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
         assert len(steps) > 10 and max(gaps) <= min(gaps) + 1
     for r in data["rollouts"]:
         original = rows[r["line"] - 1]
-        assert all(original[k] == r[k] for k in original if k in r) and r["reflects"] == ("wait," in original["response"])
+        assert all(original[k] == r[k] for k in original if k in r) and r["reflects"] == (
+            "wait," in original["response"]
+        )
 
 
 def test_old_and_broken_off_runs(tmp_path: Path) -> None:
@@ -159,7 +204,12 @@ def test_old_and_broken_off_runs(tmp_path: Path) -> None:
         file.write('{"step": 3, "reward": NaN}\n{"step": 4, "rew')
     (folder / "evaluations.jsonl").unlink()
     data = data_of(page.write(folder))
-    assert data["metrics"]["step"] == [0, 1, 2, 3] and data["metrics"]["reward"] == [0.125, 0.25, 0.375, None]
+    assert data["metrics"]["step"] == [0, 1, 2, 3] and data["metrics"]["reward"] == [
+        0.125,
+        0.25,
+        0.375,
+        None,
+    ]
     assert (data["summary"], data["evaluations"], len(data["rollouts"])) == (None, [], 2)
     for name in ("metrics", "rollouts"):
         (folder / f"{name}.jsonl").write_text("")
@@ -173,13 +223,20 @@ def test_refusals(tmp_path: Path, call: Any) -> None:
         return ended.err.strip()
 
     assert message() == "usage: python -m reports.page runs/NAME …"
-    assert message(tmp_path) == f"reports.page: {tmp_path}: not a run folder, it has no config.json; expected runs/NAME"
+    assert (
+        message(tmp_path)
+        == f"reports.page: {tmp_path}: not a run folder, it has no config.json; expected runs/NAME"
+    )
     folder = run_folder(tmp_path / "run", [row(0)])
     (folder / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     assert re.match(r"reports.page: .*metrics.jsonl: line 2: not JSON \(.*\)$", message(folder))
     (folder / "config.json").write_text("{")
     assert re.match(r"reports.page: .*config.json: not JSON", message(folder))
-    assert call(page.main, run_folder(tmp_path / "fine", [row(0)])) == (0, f"{tmp_path / 'fine' / 'report.html'}\n", "")
+    assert call(page.main, run_folder(tmp_path / "fine", [row(0)])) == (
+        0,
+        f"{tmp_path / 'fine' / 'report.html'}\n",
+        "",
+    )
 
 
 # --- in a browser ---
@@ -187,7 +244,9 @@ def test_refusals(tmp_path: Path, call: Any) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to test with")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: no browser to test with"
+    )
     names = "chromium chromium-browser google-chrome google-chrome-stable chrome microsoft-edge msedge".split()
     found = next(filter(None, map(shutil.which, names)), None)
     with playwright.sync_playwright() as driver:
@@ -195,7 +254,9 @@ def browser() -> Iterator[Any]:
         if not Path(path).exists():
             pytest.skip("no Chromium, Chrome or Edge is installed to test with")
         root = hasattr(os, "geteuid") and os.geteuid() == 0  # Chromium's sandbox refuses root
-        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if root else [])
+        chromium = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox"] if root else []
+        )
         yield chromium
         chromium.close()
 
@@ -227,8 +288,17 @@ def visit(browser: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rollouts of three steps; every third has no numbers, one is hostile from end to end."""
-    rows = [row(i // 4, float(i % 2), **(numbers(TEXTS * (i + 1), i) if i % 3 else {"tokens": 5})) for i in range(12)]
-    rows[5] |= {"question": HOSTILE, "gold": HOSTILE, "answer": HOSTILE, "problem": HOSTILE, "finish": HOSTILE}
+    rows = [
+        row(i // 4, float(i % 2), **(numbers(TEXTS * (i + 1), i) if i % 3 else {"tokens": 5}))
+        for i in range(12)
+    ]
+    rows[5] |= {
+        "question": HOSTILE,
+        "gold": HOSTILE,
+        "answer": HOSTILE,
+        "problem": HOSTILE,
+        "finish": HOSTILE,
+    }
     rows[3] |= {"question": HOSTILE, "response": HOSTILE}
     return page.write(run_folder(tmp_path_factory.mktemp("pages") / "run", rows))
 
@@ -240,16 +310,32 @@ def shown(tab: Any, column: int) -> list[str]:
 def test_header_and_curves_say_the_files_values(visit: Any, report: Path) -> None:
     tab = visit(report)
     assert tab.locator("h1").inner_text() == "run"
-    assert "0.100 → 0.400" in tab.locator("#tiles").inner_text() and "9.3 s" in tab.locator("#tiles").inner_text()
+    assert (
+        "0.100 → 0.400" in tab.locator("#tiles").inner_text()
+        and "9.3 s" in tab.locator("#tiles").inner_text()
+    )
     titles = tab.locator(".chart h3").all_inner_texts()
-    assert titles[:4] == ["Reward and response length", "Held-out accuracy", "Format", "Reflection and length"]
+    assert titles[:4] == [
+        "Reward and response length",
+        "Held-out accuracy",
+        "Format",
+        "Reflection and length",
+    ]
     chart = tab.locator(".chart").first
     box = chart.locator("svg").last.bounding_box()
-    tab.mouse.move(box["x"] + 48 + (box["width"] - 96) / 3, box["y"] + 60)  # steps 0 … 3 between the axes
+    tab.mouse.move(
+        box["x"] + 48 + (box["width"] - 96) / 3, box["y"] + 60
+    )  # steps 0 … 3 between the axes
     assert tab.locator("#hint").inner_text() == "values at step 1"
-    assert re.sub(r"\s+", " ", chart.locator(".keys").inner_text()) == "reward 0.25 length 13.5 held-out 0.1"
+    assert (
+        re.sub(r"\s+", " ", chart.locator(".keys").inner_text())
+        == "reward 0.25 length 13.5 held-out 0.1"
+    )
     assert tab.locator(".cross[visibility=visible]").count() == len(titles)
-    assert re.findall(r"\b[ab] 0\.\d", tab.locator(".chart").nth(1).inner_text()) == ["a 0.2", "b 0.3"]
+    assert re.findall(r"\b[ab] 0\.\d", tab.locator(".chart").nth(1).inner_text()) == [
+        "a 0.2",
+        "b 0.3",
+    ]
     chart.locator("svg").last.click(position={"x": 52, "y": 60})
     assert shown(tab, 1) == ["0"] * 4  # the rollouts of the step that was clicked
     tab.keyboard.press("ArrowRight")
@@ -258,14 +344,25 @@ def test_header_and_curves_say_the_files_values(visit: Any, report: Path) -> Non
 
 def test_table_sorts_filters_and_chooses(visit: Any, report: Path) -> None:
     tab = visit(report)
-    assert tab.locator("#count").inner_text() == "12 of the 12 in rollouts.jsonl; 8 of 8 token by token"
+    assert (
+        tab.locator("#count").inner_text()
+        == "12 of the 12 in rollouts.jsonl; 8 of 8 token by token"
+    )
     assert len(shown(tab, 1)) == 12
     tab.get_by_role("button", name="tokens").click()
     tokens = [int(t) for t in shown(tab, 3)]
-    assert tokens == sorted(tokens) and tab.locator("th").nth(2).get_attribute("aria-sort") == "ascending"
+    assert (
+        tokens == sorted(tokens)
+        and tab.locator("th").nth(2).get_attribute("aria-sort") == "ascending"
+    )
     tab.get_by_role("button", name="tokens").click()
     assert [int(t) for t in shown(tab, 3)] == tokens[::-1]
-    filters = [("first step", "1", 8), ("highest reward", "0.5", 4), ("most tokens", "100", 3), ("Search", "1+2=?", 2)]
+    filters = [
+        ("first step", "1", 8),
+        ("highest reward", "0.5", 4),
+        ("most tokens", "100", 3),
+        ("Search", "1+2=?", 2),
+    ]
     for label, value, count in filters:
         tab.get_by_label(label).fill(value)
         assert len(shown(tab, 1)) == count, label
@@ -279,7 +376,9 @@ def test_table_sorts_filters_and_chooses(visit: Any, report: Path) -> None:
     tab.locator("#rows tr").nth(6).click()
     assert tab.url.endswith("#rollout-7") and "line 7 of" in tab.locator(".head").inner_text()
     tab.keyboard.press("ArrowDown")
-    assert tab.url.endswith("#rollout-8") and tab.locator("#rows tr[aria-selected=true]").count() == 1
+    assert (
+        tab.url.endswith("#rollout-8") and tab.locator("#rows tr[aria-selected=true]").count() == 1
+    )
     tab.keyboard.press("Enter")
     assert tab.evaluate("document.activeElement.className") == "tokens"
     tab.reload()
@@ -294,7 +393,9 @@ def test_tokens_show_their_numbers(visit: Any, report: Path) -> None:
     assert spans.evaluate_all("all => all.map(s => s.textContent)") == record["pieces"]
 
     def tip() -> dict[str, str]:
-        cells = tab.locator("#tip div").evaluate_all("all => all.map(d => [...d.children].map(c => c.textContent))")
+        cells = tab.locator("#tip div").evaluate_all(
+            "all => all.map(d => [...d.children].map(c => c.textContent))"
+        )
         return {name: value.replace("−", "-") for name, value in cells}
 
     for t in (0, 6, 40, len(record["pieces"]) - 1):
@@ -303,7 +404,9 @@ def test_tokens_show_their_numbers(visit: Any, report: Path) -> None:
         assert seen["position t"] == str(t) and float(seen["token id"]) == record["ids"][t]
         for name, key in (("V(sₜ)", "values"), ("Âₜ", "advantages"), ("log π", "logprobs")):
             assert float(seen[name]) == record[key][t]
-    assert float(seen["R − V(sₜ)"]) == pytest.approx(record["reward"] - record["values"][-1], abs=0.01)
+    assert float(seen["R − V(sₜ)"]) == pytest.approx(
+        record["reward"] - record["values"][-1], abs=0.01
+    )
     tab.locator(".tokens").focus()
     tab.keyboard.press("Home")
     tab.keyboard.press("ArrowRight")
@@ -322,7 +425,9 @@ def test_tokens_show_their_numbers(visit: Any, report: Path) -> None:
         tab.locator(f"[data-channel={name}]").click()
         painted[name] = colours()
         assert tab.locator("[aria-checked=true]").get_attribute("data-channel") == name
-    assert len({tuple(c) for c in painted.values()}) == 3 and all(len(set(c)) > 5 for c in painted.values())
+    assert len({tuple(c) for c in painted.values()}) == 3 and all(
+        len(set(c)) > 5 for c in painted.values()
+    )
     for a, c in zip(record["advantages"], painted["advantages"], strict=True):
         assert a == 0 or ("--bad" if a < 0 else "--good") in c
     tab.locator("#stretch").check()
@@ -341,7 +446,9 @@ def test_hostile_text_is_only_text(visit: Any, report: Path) -> None:
     tab.locator("summary").click()
     assert HOSTILE in tab.locator("#settings").text_content()
     tab.wait_for_timeout(100)
-    assert tab.evaluate("[window.hacked, document.querySelectorAll('img').length, document.scripts.length]") == [None, 0, 2]
+    assert tab.evaluate(
+        "[window.hacked, document.querySelectorAll('img').length, document.scripts.length]"
+    ) == [None, 0, 2]
     blocked = tab.evaluate("""() => new Promise(done => {
         addEventListener("securitypolicyviolation", e => done(e.violatedDirective));
         const code = document.createElement("script");
@@ -376,15 +483,25 @@ def test_a_phone_shows_all_of_it(visit: Any, report: Path, scheme: str) -> None:
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
     tab.locator(".chart svg").nth(3).tap()
     assert "values at step" in tab.locator("#hint").inner_text()
-    ink, paper = tab.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
-    assert (sum(map(int, re.findall(r"\d+", ink))) < sum(map(int, re.findall(r"\d+", paper)))) == (scheme == "light")
+    ink, paper = tab.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert (sum(map(int, re.findall(r"\d+", ink))) < sum(map(int, re.findall(r"\d+", paper)))) == (
+        scheme == "light"
+    )
 
 
 def test_runs_with_little_to_show(visit: Any, tmp_path: Path) -> None:
     """Without a critic, and before the first step is done."""
     tokens = {k: v for k, v in numbers(TEXTS, 1).items() if k != "values"}
     tab = visit(page.write(run_folder(tmp_path / "grpo", [row(0, **tokens)], steps=1)))
-    assert tab.locator("[data-channel]").evaluate_all("all => all.map(b => b.dataset.channel)") == ["advantages", "logprobs"]
+    assert tab.locator("[data-channel]").evaluate_all("all => all.map(b => b.dataset.channel)") == [
+        "advantages",
+        "logprobs",
+    ]
     assert tab.locator("[aria-checked=true]").get_attribute("data-channel") == "advantages"
     empty = visit(page.write(run_folder(tmp_path / "empty", [], steps=0, finished=False)))
-    assert "0 of 3 steps" in empty.locator("#tiles").inner_text() and empty.locator(".chart").count() == 0
+    assert (
+        "0 of 3 steps" in empty.locator("#tiles").inner_text()
+        and empty.locator(".chart").count() == 0
+    )

@@ -29,7 +29,12 @@ def lines(file: Path) -> dict[str, int]:
                 scopes.append((node, f"{prefix}{node.name}."))
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+                names = [
+                    name
+                    for target in targets
+                    for name in ast.walk(target)
+                    if isinstance(name, ast.Name)
+                ]
                 found |= {prefix + name.id: node.lineno for name in names}
     return found
 
@@ -41,7 +46,9 @@ def mended(page: str) -> str:
         label, module, name, file = link.groups()
         path = ROOT / file
         if path.stem != module or not path.is_file() or name not in lines(path):
-            raise ValueError(f"PAPER.md: {link[0]}: there is no {name} in {file}; name what replaced it, or drop the link")
+            raise ValueError(
+                f"PAPER.md: {link[0]}: there is no {name} in {file}; name what replaced it, or drop the link"
+            )
         return f"[{label}]({file}#L{lines(path)[name]})"
 
     return LINK.sub(now, page)
@@ -51,7 +58,9 @@ def test_links_lead_to_what_they_name() -> None:
     page = PAPER.read_text()
     links, now = ([link[0] for link in LINK.finditer(text)] for text in (page, mended(page)))
     moved = [f"{old}: now {new}" for old, new in zip(links, now, strict=True) if old != new]
-    assert not moved, "lines have moved; `python tests/test_paper.py` mends PAPER.md:\n" + "\n".join(moved)
+    assert not moved, (
+        "lines have moved; `python tests/test_paper.py` mends PAPER.md:\n" + "\n".join(moved)
+    )
     assert len(links) == page.count("#L") > 100  # no other form of link to a line
 
 
@@ -63,21 +72,30 @@ def test_files_exist() -> None:
 def test_every_verdict_has_its_place() -> None:
     page = PAPER.read_text()
     places = re.findall(
-        r"^Miniature: <!-- verdict (\w+) -->(?:(?!<!--).)+<!-- /verdict -->$", page, re.MULTILINE | re.DOTALL
+        r"^Miniature: <!-- verdict (\w+) -->(?:(?!<!--).)+<!-- /verdict -->$",
+        page,
+        re.MULTILINE | re.DOTALL,
     )
     assert sorted(places) == sorted(VERDICTS)
     assert page.count("<!-- verdict") == page.count("<!-- /verdict") == len(VERDICTS)
 
 
 def test_examples_print_what_they_show() -> None:
-    done = doctest.testfile(str(PAPER), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE, encoding="utf-8")
+    done = doctest.testfile(
+        str(PAPER),
+        module_relative=False,
+        optionflags=doctest.NORMALIZE_WHITESPACE,
+        encoding="utf-8",
+    )
     assert done.attempted > 15 and done.failed == 0
 
 
 def known(flag: str, program: str) -> bool:
     module, config = PROGRAMS[program].split(".")
     fields = lines(ROOT / f"{module}.py")
-    return any(f"{config}.{name.replace('-', '_')}" in fields for name in (flag, flag.removeprefix("no-")))
+    return any(
+        f"{config}.{name.replace('-', '_')}" in fields for name in (flag, flag.removeprefix("no-"))
+    )
 
 
 def test_commands_are_real() -> None:

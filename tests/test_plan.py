@@ -16,7 +16,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+)
 
 import distributed
 import policy
@@ -52,7 +57,12 @@ class Case(NamedTuple):
         return 3 * (2 + self.response - 1)  # the last token of a sequence is no input
 
     def cfg(self, folder: str, gpus: int) -> Config:
-        return Config(model=folder, gpus=gpus, micro_tokens=self.tokens, activation_checkpointing=self.checkpointing)
+        return Config(
+            model=folder,
+            gpus=gpus,
+            micro_tokens=self.tokens,
+            activation_checkpointing=self.checkpointing,
+        )
 
 
 CASES = [  # each has its worst moment elsewhere
@@ -81,7 +91,9 @@ def open_module(role: str, folder: str) -> Policy | Critic:
         "critic": (AutoModelForSequenceClassification, Critic),
     }[role]
     config = AutoConfig.from_pretrained(folder, num_labels=1)
-    return module(auto.from_config(config, dtype=torch.float32, attn_implementation="packed").eval())
+    return module(
+        auto.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
+    )
 
 
 def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
@@ -93,14 +105,19 @@ def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
 
 def measured(folder: str, case: Case) -> dict[str, int]:
     """Most bytes of live tensors while a model updates, and while it only predicts: a sum over the allocator's events."""
-    count = 2 * 3 * distributed.size()  # two micro-batches on every rank
+    count = 2 * 3 * distributed.world_size()  # two micro-batches on every rank
     rollouts = [
-        Rollout(Problem("", "", "", (1, 2)), [3] * case.response, [0.0] * case.response, "", "") for _ in range(count)
+        Rollout(Problem("", "", "", (1, 2)), [3] * case.response, [0.0] * case.response, "", "")
+        for _ in range(count)
     ]
     gc.collect()  # nothing of an earlier measurement may be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         module = open_module(case.role, folder)
-        distributed.shard(module, Sharding(activation_checkpointing=case.checkpointing), getattr(module.model, "score", None))
+        distributed.apply_fsdp(
+            module,
+            Sharding(activation_checkpointing=case.checkpointing),
+            getattr(module.model, "score", None),
+        )
         optimizer = ppo.adamw(list(module.parameters()))
         for p in module.parameters():  # a step of no gradient makes the moments
             p.grad = torch.zeros_like(p)
@@ -115,7 +132,9 @@ def measured(folder: str, case: Case) -> dict[str, int]:
                 loss(module, row).backward()
             optimizer.step()
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name() in ("predict", "update")}
+    spans = {
+        e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name() in ("predict", "update")
+    }
     live, most = 0, dict.fromkeys(spans, 0)
     for event in events:
         live += event.nbytes() if event.name() == "[memory]" else 0
@@ -127,8 +146,15 @@ def measured(folder: str, case: Case) -> dict[str, int]:
 
 def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
     """Within 7 % of the whole; and of what comes on top of weights, moments and gradients, which may be a small part."""
-    parameters, on_top = getattr(plan.shape(cfg.model), case.role) / plan.shards(cfg), plan.update(cfg, case.role)
-    items = {k: v for k, v in plan.memory(cfg)[case.role].items() if k.startswith(case.role) or k in on_top}
+    parameters, on_top = (
+        getattr(plan.shape(cfg.model), case.role) / plan.shards(cfg),
+        plan.update(cfg, case.role),
+    )
+    items = {
+        k: v
+        for k, v in plan.memory(cfg)[case.role].items()
+        if k.startswith(case.role) or k in on_top
+    }
     assert sum(items.values()) == pytest.approx(16 * parameters + sum(on_top.values()))
     assert sum(items.values()) == pytest.approx(real["update"], rel=0.07), items
     assert sum(on_top.values()) == pytest.approx(real["update"] - 16 * parameters, rel=0.07), on_top
@@ -139,7 +165,9 @@ def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_update_on_a_cpu_allocates_what_is_reckoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_an_update_on_a_cpu_allocates_what_is_reckoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
     monkeypatch.setitem(policy.CHUNK, "cpu", case.chunk)
     monkeypatch.setattr(policy, "LEAST", 1)
     monkeypatch.setattr(distributed, "device", lambda: "cpu")
@@ -151,9 +179,14 @@ def test_an_update_on_a_cpu_allocates_what_is_reckoned(tmp_path: Path, monkeypat
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[str, dict[str, int]]]:
     """The same updates as one of eight ranks makes them, in bfloat16 as on GPUs: model folder and measurement of each. A
     process of its own pretends the seven others, whose absence changes no size."""
-    folders = [random_config(tmp_path_factory.mktemp("model"), case.layers, case.vocab, case.tied) for case in CASES]
+    folders = [
+        random_config(tmp_path_factory.mktemp("model"), case.layers, case.vocab, case.tied)
+        for case in CASES
+    ]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, __file__, *folders], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, __file__, *folders], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     real = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(CASES, zip(folders, real, strict=True), strict=True))
@@ -219,12 +252,19 @@ def test_states_of_7b_on_eight_gpus() -> None:
     """16 bytes a parameter while it trains, over 8 GPUs; 57,344 bytes a token of key-value cache; vLLM has its share."""
     items = plan.memory(seven())
     P = PARAMETERS["Qwen2.5-7B"]
-    assert sum(items["policy"][f"policy {what}"] for what in ("weights", "moments", "gradients")) == 2 * P
-    assert sum(items["policy"].get(f"critic {what}", 0) for what in ("weights", "moments", "gradients")) == 1.5 * (
-        P - 152064 * 3584 + 3584
+    assert (
+        sum(items["policy"][f"policy {what}"] for what in ("weights", "moments", "gradients"))
+        == 2 * P
     )
+    assert sum(
+        items["policy"].get(f"critic {what}", 0) for what in ("weights", "moments", "gradients")
+    ) == 1.5 * (P - 152064 * 3584 + 3584)
     assert plan.kv_bytes(seven()) == 57_344
-    assert plan.kv_bytes(seven(tensor_parallel=4)) == plan.kv_bytes(seven(tensor_parallel=7)) == 57_344 / 4  # 4 kv heads
+    assert (
+        plan.kv_bytes(seven(tensor_parallel=4))
+        == plan.kv_bytes(seven(tensor_parallel=7))
+        == 57_344 / 4
+    )  # 4 kv heads
     assert sum(plan.sampler(seven()).values()) == pytest.approx(0.4 * 80e9)
     assert "sampler weights" in items["sync"] and "sampler weights" not in items["critic"]
 
@@ -232,7 +272,9 @@ def test_states_of_7b_on_eight_gpus() -> None:
 def test_less_per_gpu_on_more_gpus_and_more_for_more_tokens() -> None:
     peaks = [plan.peak(seven(gpus=n))[1] for n in (1, 2, 4, 8, 16, 32)]
     assert all(more > less for more, less in pairwise(peaks))
-    updates = [sum(plan.memory(seven(micro_tokens=n))["policy"].values()) for n in (2**14, 2**15, 2**16)]
+    updates = [
+        sum(plan.memory(seven(micro_tokens=n))["policy"].values()) for n in (2**14, 2**15, 2**16)
+    ]
     assert all(less < more for less, more in pairwise(updates))
     assert plan.peak(seven(gpus=16, replicas=2)) == plan.peak(seven(gpus=8))
     assert plan.peak(seven(activation_checkpointing=False))[1] > plan.peak(seven())[1]
@@ -254,8 +296,12 @@ def test_without_a_critic_and_with_a_reference() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize(("model", "gpus"), [("Qwen2.5-0.5B", 1), ("Qwen2.5-7B", 8), ("Qwen2.5-32B", 16)])
-def test_the_largest_micro_batch_fits_and_the_next_does_not(model: str, gpus: int, offload: bool) -> None:
+@pytest.mark.parametrize(
+    ("model", "gpus"), [("Qwen2.5-0.5B", 1), ("Qwen2.5-7B", 8), ("Qwen2.5-32B", 16)]
+)
+def test_the_largest_micro_batch_fits_and_the_next_does_not(
+    model: str, gpus: int, offload: bool
+) -> None:
     cfg = replace(parse(["--model", model]), gpus=gpus, offload=offload)
     largest = plan.largest_micro_tokens(cfg)
     if not largest:
@@ -289,7 +335,9 @@ def test_operations_of_a_step() -> None:
     tokens = cfg.prompts * cfg.samples * (64 + 1)
     assert work["critic"][0] == pytest.approx(8 * s.layers * s.layer * tokens, rel=0.01)
     assert work["critic"][0] == 4 * work["values"][0]
-    assert work["policy"][0] - work["critic"][0] == pytest.approx(8 * s.vocab * s.hidden * cfg.prompts * cfg.samples)
+    assert work["policy"][0] - work["critic"][0] == pytest.approx(
+        8 * s.vocab * s.hidden * cfg.prompts * cfg.samples
+    )
     halved = plan.work(replace(cfg, gpus=16))
     assert halved["critic"][1] == pytest.approx(work["critic"][1] / 2)
 
@@ -297,11 +345,16 @@ def test_operations_of_a_step() -> None:
 def test_decoding_is_bounded_by_memory_and_by_the_longest_response() -> None:
     """No faster than the weights can be read once per token and sequence of the longest."""
     work = plan.work(seven(prompts=1, samples=8))  # one response on each GPU
-    assert work["sample"][1] == pytest.approx(8000 * 2 * PARAMETERS["Qwen2.5-7B"] / (0.65 * 3.35e12))
+    assert work["sample"][1] == pytest.approx(
+        8000 * 2 * PARAMETERS["Qwen2.5-7B"] / (0.65 * 3.35e12)
+    )
     assert plan.work(seven())["sample"][1] > work["sample"][1]
 
 
-@pytest.mark.parametrize("arguments", [["--model", "Qwen2.5-7B"], ["--model", "Qwen2.5-32B", "--offload"], ["--gpus", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--model", "Qwen2.5-7B"], ["--model", "Qwen2.5-32B", "--offload"], ["--gpus", "0"]],
+)
 def test_show_adds_up(arguments: list[str]) -> None:
     cfg = parse(arguments)
     text = plan.show(cfg)
@@ -313,9 +366,13 @@ def test_show_adds_up(arguments: list[str]) -> None:
 
 
 def test_hardware_table_is_what_the_functions_say() -> None:
-    header, _, *rows = (line.strip("| ").split(" | ") for line in plan.hardware_table().splitlines())
+    header, _, *rows = (
+        line.strip("| ").split(" | ") for line in plan.hardware_table().splitlines()
+    )
     assert [row[0] for row in rows] == list(QWEN)
-    cells = {(row[0], place): cell for row in rows for place, cell in zip(header, row[1:], strict=True)}
+    cells = {
+        (row[0], place): cell for row in rows for place, cell in zip(header, row[1:], strict=True)
+    }
     assert cells["Qwen2.5-7B", "8 × 80 GB"] == "yes" and not plan.obstacles(seven())
     assert cells["Qwen2.5-7B", "1 × 80 GB"] == "–" and plan.remedy(seven(gpus=1)) is None
 

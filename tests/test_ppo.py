@@ -29,7 +29,9 @@ def test_on_policy_gradient_is_advantage_weighted_log_likelihood() -> None:
         (1.1, 1.0, -1.1, True),
     ],
 )
-def test_clipped_objective_case_by_case(ratio: float, A: float, expected: float, has_gradient: bool) -> None:
+def test_clipped_objective_case_by_case(
+    ratio: float, A: float, expected: float, has_gradient: bool
+) -> None:
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
     loss, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([A]), eps=0.2)
     loss.backward()
@@ -65,7 +67,9 @@ def test_kl_estimators_agree_in_expectation() -> None:
 
 
 def test_kl_shaped_rewards() -> None:
-    r = ppo.kl_shaped_rewards(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -1.0]), beta=0.1)
+    r = ppo.kl_shaped_rewards(
+        torch.tensor([0.0, 1.0]), torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -1.0]), beta=0.1
+    )
     assert r.tolist() == pytest.approx([-0.1, 1.0])
 
 
@@ -78,7 +82,11 @@ def test_learning_rate_warms_up_from_the_first_step_and_anneals() -> None:
     assert ppo.learning_rate(0, 1.0, warmup=50) == pytest.approx(1 / 50)
     assert ppo.learning_rate(49, 1.0, warmup=50) == ppo.learning_rate(5000, 1.0, warmup=50) == 1.0
     assert ppo.learning_rate(0, 1.0, warmup=0) == 1.0
-    assert ppo.learning_rate(100, 1e-6, 0, 100, 3e-7) == ppo.learning_rate(200, 1e-6, 0, 100, 3e-7) == pytest.approx(3e-7)
+    assert (
+        ppo.learning_rate(100, 1e-6, 0, 100, 3e-7)
+        == ppo.learning_rate(200, 1e-6, 0, 100, 3e-7)
+        == pytest.approx(3e-7)
+    )
 
 
 def test_optimizer_is_adamw_of_the_paper_with_clipped_gradients() -> None:
@@ -86,7 +94,7 @@ def test_optimizer_is_adamw_of_the_paper_with_clipped_gradients() -> None:
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = ppo.adamw([p])
     p.grad = torch.tensor([6.0, 8.0])
-    assert ppo.optimizer_step(optimizer, lr=0.01, max_norm=1.0) == pytest.approx(10.0)
+    assert ppo.optimizer_step(optimizer, lr=0.01, max_grad_norm=1.0) == pytest.approx(10.0)
     g = torch.tensor([0.6, 0.8])
     first = torch.tensor([1.0, -2.0]) - 0.01 * g / (g.abs() + 1e-8)
     torch.testing.assert_close(p.data, first, atol=1e-6, rtol=1e-6)

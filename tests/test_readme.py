@@ -22,7 +22,9 @@ MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 PROGRAMS = {"train": Config, "evaluate": Evaluation, "sample": Question, "curate": Recipe}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "grader"])  # its example starts processes: test_reward.py
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m != "grader"]
+)  # its example starts processes: test_reward.py
 def test_worked_examples(module: str) -> None:
     loaded = importlib.import_module(module)
     assert doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
@@ -33,7 +35,9 @@ def test_file_table_is_the_folder() -> None:
     assert sorted(listed) == [f"{m}.py" for m in MODULES]
     for file, lines in listed.items():
         actual = len((ROOT / file).read_text().splitlines())
-        assert abs(int(lines) - actual) <= 0.1 * actual, f"{file} has {actual} lines, README says {lines}"
+        assert abs(int(lines) - actual) <= 0.1 * actual, (
+            f"{file} has {actual} lines, README says {lines}"
+        )
 
 
 def test_the_core_stays_small() -> None:
@@ -43,7 +47,9 @@ def test_the_core_stays_small() -> None:
     assert sum(lines[name] for name in re.findall(r"^\| `(\w+\.py)`", recipe, re.MULTILINE)) <= 4000
     assert sum(lines.values()) <= 6600
     assert max(lines.values()) <= 340
-    loop = re.search(r"^def train\(.*?^(?=def )", (ROOT / "train.py").read_text(), re.MULTILINE | re.DOTALL).group()
+    loop = re.search(
+        r"^def train\(.*?^(?=def )", (ROOT / "train.py").read_text(), re.MULTILINE | re.DOTALL
+    ).group()
     assert len(loop.splitlines()) <= 60
 
 
@@ -61,7 +67,11 @@ def test_flags_exist() -> None:
         named = set(re.findall(r"--[a-z][a-z-]+", rest))
         assert named <= flags(program), (program, named - flags(program))
     anywhere = set().union(*map(flags, PROGRAMS))
-    named = {flag for text in re.findall(r"`(--[^`\n]*)`", readme) for flag in re.findall(r"--[a-z][a-z-]+", text)}
+    named = {
+        flag
+        for text in re.findall(r"`(--[^`\n]*)`", readme)
+        for flag in re.findall(r"--[a-z][a-z-]+", text)
+    }
     assert len(named) > 15 and named <= anywhere, named - anywhere
 
 
@@ -86,7 +96,9 @@ def test_equation_table_names_functions_and_tests() -> None:
 def test_metric_glossary_is_complete() -> None:
     """Every key that a run writes is explained."""
     glossary = README.split("## Metrics")[1].split("##")[0]
-    source = "".join((ROOT / f).read_text() for f in ("train.py", "reports/log.py", "reports/metrics.py"))
+    source = "".join(
+        (ROOT / f).read_text() for f in ("train.py", "reports/log.py", "reports/metrics.py")
+    )
     keys = set(re.findall(r'"([a-z_]+)": (?:mean|lr|float|gap_max|explained)', source))
     keys |= {"entropy", "clipped", "logp_gap", "kl"}
     assert len(keys) > 15
@@ -100,7 +112,11 @@ def test_hardware_table_is_the_plans() -> None:
 
 def test_results_are_what_the_benchmarks_left() -> None:
     """RESULTS.md is put together from results/; what a command there names exists."""
-    command = [sys.executable, "-c", "from benchmarks import record; print(record.results(), end='')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from benchmarks import record; print(record.results(), end='')",
+    ]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == (ROOT / "benchmarks" / "RESULTS.md").read_text()
     scripts = set(re.findall(r"python (benchmarks/\w+\.py)", printed + README))
@@ -116,7 +132,13 @@ def test_links_and_pictures_exist() -> None:
 def test_imports_run_downwards() -> None:
     """No cycles; the losses need torch alone; only train.py knows everything."""
     imports = {
-        m: {i for i in re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{m}.py").read_text(), re.MULTILINE) if i in MODULES}
+        m: {
+            i
+            for i in re.findall(
+                r"^(?:from|import) (\w+)", (ROOT / f"{m}.py").read_text(), re.MULTILINE
+            )
+            if i in MODULES
+        }
         for m in MODULES
     }
     assert imports["gae"] == imports["ppo"] == set()

@@ -84,7 +84,14 @@ def number(path: Path) -> int:
 
 def on(ranks: int, *options: str) -> list[str]:
     """What starts a program in one process, or under torchrun."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    several = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *options,
+    ]
     return [sys.executable, *(several if ranks > 1 else [])]
 
 
@@ -94,7 +101,9 @@ def start(launcher: list[str], flags: list[str], name: str, *more: str) -> Job:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [*launcher, str(TRAIN), *flags, "--name", name, *more]
     with output.open("wb") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=env, stdout=file, stderr=file, start_new_session=True
+        )
     STARTED.append(Job(process, folder, output))
     return STARTED[-1]
 
@@ -134,7 +143,9 @@ def whole(flags: list[str]) -> Path:
 @pytest.fixture(scope="module")
 def whole_on_two(flags: list[str]) -> Path:
     """Two ranks, never interrupted."""
-    return start(on(2), flags, "whole-on-two", "--steps", str(FEW), "--keep-checkpoints", str(FEW)).ends()
+    return start(
+        on(2), flags, "whole-on-two", "--steps", str(FEW), "--keep-checkpoints", str(FEW)
+    ).ends()
 
 
 def same(a: Path, b: Path) -> None:
@@ -153,10 +164,14 @@ def close(a: Path, b: Path) -> None:
         mine, theirs = (load_file(folder / role / "model.safetensors") for folder in (a, b))
         assert mine.keys() == theirs.keys()
         for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                mine[name], theirs[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
-def test_killed_while_a_checkpoint_is_written(flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_while_a_checkpoint_is_written(
+    flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The half-written one is never read: the run goes on from the one before it."""
     more = ("--resume", "auto", "--keep-checkpoints", str(STEPS))
     left: list[int] = []
@@ -174,7 +189,9 @@ def test_killed_while_a_checkpoint_is_written(flags: list[str], whole: Path, cap
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint(flags: list[str], whole: Path, sent: signal.Signals) -> None:
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    flags: list[str], whole: Path, sent: signal.Signals
+) -> None:
     """SIGTERM, as from a scheduler, or Ctrl-C: the iteration is finished and saved though no checkpoint was due."""
     job = start(on(1), flags, sent.name, "--checkpoint-every", "0")
     job.until(job.steps)
@@ -183,7 +200,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags: list[str], whole: Path, 
     done, said = job.steps(), job.output.read_text()
     assert 1 <= done < STEPS
     assert job.complete() == [done]
-    assert f"stopped by signal {int(sent)} after {done} iterations; --resume auto goes on from there" in said
+    assert (
+        f"stopped by signal {int(sent)} after {done} iterations; --resume auto goes on from there"
+        in said
+    )
     assert "Traceback" not in said
     same(run(flags, "--name", sent.name, "--resume", "auto"), whole)
 
@@ -191,7 +211,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags: list[str], whole: Path, 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_torchrun_restarts_a_run_that_lost_a_rank(flags: list[str], whole_on_two: Path) -> None:
     """Nobody has to do anything: the other rank stops, both come back, and go on from the newest checkpoint."""
-    job = start(on(2, "--max-restarts", "2"), flags, "lost-a-rank", "--steps", str(FEW), "--resume", "auto")
+    job = start(
+        on(2, "--max-restarts", "2"), flags, "lost-a-rank", "--steps", str(FEW), "--resume", "auto"
+    )
     job.until(job.complete)
     os.kill(job.children()[1], signal.SIGKILL)
     same(job.ends(), whole_on_two)
@@ -200,9 +222,17 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(flags: list[str], whole_on_two
 
 def test_another_number_of_ranks_goes_on(flags: list[str], whole: Path, whole_on_two: Path) -> None:
     """From one process to two ranks, and from two ranks to one process: weights, moments and steps of AdamW."""
-    job = start(on(2), flags, "from-one-to-two", "--resume", str(whole / "checkpoints" / f"step-{STEPS - 3}"))
+    job = start(
+        on(2),
+        flags,
+        "from-one-to-two",
+        "--resume",
+        str(whole / "checkpoints" / f"step-{STEPS - 3}"),
+    )
     step = str(whole_on_two / "checkpoints" / "step-2")
-    close(run(flags, "--name", "from-two-to-one", "--steps", str(FEW), "--resume", step), whole_on_two)
+    close(
+        run(flags, "--name", "from-two-to-one", "--steps", str(FEW), "--resume", step), whole_on_two
+    )
     close(job.ends(), whole)
 
 
@@ -222,7 +252,11 @@ def test_kills_at_random_instants(flags: list[str], ranks: int, steps: int) -> N
             job = start(on(ranks), flags, f"killed-{ranks}-{chain}", *more, "--resume", "auto")
             if len(kills) == KILLS or job.steps() == steps:
                 break  # enough of it; this run may end, and another begins
-            job.until(lambda job=job: any(sign in job.output.read_text() for sign in ("going on from", "held-out after 0")))
+            job.until(
+                lambda job=job: any(
+                    sign in job.output.read_text() for sign in ("going on from", "held-out after 0")
+                )
+            )
             try:
                 job.process.wait(rng.uniform(0, 4 * seconds))
                 break  # the run has ended
@@ -236,7 +270,9 @@ def test_kills_at_random_instants(flags: list[str], ranks: int, steps: int) -> N
         if len(kills) == KILLS:
             break
     writing, removing = (sum(state in kill for kill in kills) for state in ("writing", "removing"))
-    print(f"\n{len(kills)} kills of {ranks} ranks in {chain + 1} runs of {steps} steps, random.Random({ranks})")
+    print(
+        f"\n{len(kills)} kills of {ranks} ranks in {chain + 1} runs of {steps} steps, random.Random({ranks})"
+    )
     print(f"{writing} of them left a checkpoint half written, {removing} one half removed")
     print(f"steps done/newest checkpoint at each kill: {', '.join(kills)}")
 

@@ -23,8 +23,25 @@ from grading.extract import extract
 from grading.pool import Grade, Grader
 
 SLOW = ["\\gcd(9^{9^9}, 3)", "\\binom{10000000000000}{5000000000000}"]
-REFUSED = ["9^{9^{9^9}}", "999999999!", "\\int_0^1 \\sin(x^{x^x}) dx", "2^{2^{100}} + 1", "(x+y+z)^{700}", "(" * 9 * 9]
-QUICK = ["7" * 1500, "\\frac{" * 300 + "1", "(" * 900, "\x00", "\\boxed{", "\\left(\\right.", "\ud800", "{{}", "1e999999999"]
+REFUSED = [
+    "9^{9^{9^9}}",
+    "999999999!",
+    "\\int_0^1 \\sin(x^{x^x}) dx",
+    "2^{2^{100}} + 1",
+    "(x+y+z)^{700}",
+    "(" * 9 * 9,
+]
+QUICK = [
+    "7" * 1500,
+    "\\frac{" * 300 + "1",
+    "(" * 900,
+    "\x00",
+    "\\boxed{",
+    "\\left(\\right.",
+    "\ud800",
+    "{{}",
+    "1e999999999",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +62,12 @@ def verdicts(grader: Grader, pairs: list[tuple[str, str]]) -> dict[tuple[str, st
 
 
 def table(header: str) -> list[list[str]]:
-    lines = (extract_module.__doc__ + equivalence.__doc__).partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    lines = (
+        (extract_module.__doc__ + equivalence.__doc__)
+        .partition(header)[2]
+        .partition("\n\n")[0]
+        .splitlines()[2:]
+    )
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -144,7 +166,16 @@ def test_prose_gets_nothing(grader: Grader, prose: str) -> None:
 
 
 def test_a_guess_among_words_is_not_paid(grader: Grader) -> None:
-    guesses = ["not 5", "less than 5", "about 5 or 6", "5 or 6", "4, 5, 6", "5; 6", "answer: 5, or 6", "either $5$ or $6$"]
+    guesses = [
+        "not 5",
+        "less than 5",
+        "about 5 or 6",
+        "5 or 6",
+        "4, 5, 6",
+        "5; 6",
+        "answer: 5, or 6",
+        "either $5$ or $6$",
+    ]
     boxed = [f"<answer>\\boxed{{{guess}}}</answer>" for guess in guesses]
     bare = [f"<answer>{guess}</answer>" for guess in guesses]
     assert [grade.reward for grade in grader.grade(boxed + bare, ["5"] * 16)] == [0.0] * 16
@@ -184,23 +215,37 @@ def items(lines: str) -> list[str]:
 
 def test_golds_as_the_data_writes_them_equal_themselves(grader: Grader) -> None:
     golds = items(GOLDS)
-    assert [gold for gold, good in zip(golds, grader.check_golds(golds), strict=True) if not good] == []
-    answers = [gold.replace(" ", "") if "\\text" not in gold and "PHONE" not in gold else f" {gold} ." for gold in golds]
+    assert [
+        gold for gold, good in zip(golds, grader.check_golds(golds), strict=True) if not good
+    ] == []
+    answers = [
+        gold.replace(" ", "") if "\\text" not in gold and "PHONE" not in gold else f" {gold} ."
+        for gold in golds
+    ]
     same = verdicts(grader, list(zip(golds, answers, strict=True)))
     assert [pair for pair, equal in same.items() if not equal] == []
     assert grader.check_golds(["", "  ", "\\frac{", "5"]) == [False, False, False, True]
 
 
-@pytest.mark.parametrize(("lines", "verdict"), [(EQUAL, True), (UNEQUAL, False)], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("lines", "verdict"), [(EQUAL, True), (UNEQUAL, False)], ids=["equal", "unequal"]
+)
 def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
     pairs = [tuple(pair.split(" ~ ")) for pair in items(lines)]
     assert [pair for pair, equal in verdicts(grader, pairs).items() if equal is not verdict] == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9), st.sampled_from(["{}", "${}$", "{}.0", "{:,}", "x = {}"]))
+@given(
+    st.integers(-(10**9), 10**9),
+    st.integers(-(10**9), 10**9),
+    st.sampled_from(["{}", "${}$", "{}.0", "{:,}", "x = {}"]),
+)
 def test_integers_are_equal_iff_they_are(grader: Grader, gold: int, other: int, form: str) -> None:
-    assert grader.equal([str(gold)] * 2, [form.format(gold), form.format(other)]) == [True, gold == other]
+    assert grader.equal([str(gold)] * 2, [form.format(gold), form.format(other)]) == [
+        True,
+        gold == other,
+    ]
 
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,8 +256,12 @@ def test_slow_answers_end_in_time_and_spare_their_neighbours() -> None:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
         answers = SLOW + QUICK + ["1" * 1_000_000, "0.25"]
         start = time.monotonic()
-        with pytest.warns(UserWarning, match=rf"2 of {len(answers)} answers missed the grader's deadline of 1.0 s"):
-            grades = grader.grade([f"<answer>{answer}</answer>" for answer in answers], ["1/4"] * len(answers))
+        with pytest.warns(
+            UserWarning, match=rf"2 of {len(answers)} answers missed the grader's deadline of 1.0 s"
+        ):
+            grades = grader.grade(
+                [f"<answer>{answer}</answer>" for answer in answers], ["1/4"] * len(answers)
+            )
         assert time.monotonic() - start < 4 * len(SLOW)
         assert [grade.reward for grade in grades] == [0.0] * (len(answers) - 1) + [1.0]
         assert grades[0].timeout and not grades[-1].timeout
@@ -231,7 +280,9 @@ def test_a_dead_worker_is_replaced_and_costs_no_answer_its_reward(group: bool) -
     with Grader(workers=1) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
         dead = grader._workers[0].process
-        (os.killpg if group else os.kill)(dead.pid, signal.SIGKILL)  # without its group, its child goes on alone
+        (os.killpg if group else os.kill)(
+            dead.pid, signal.SIGKILL
+        )  # without its group, its child goes on alone
         assert grader.equal(["1/3"], ["2/6"]) == [True]
         assert not group or grader._workers[0].process.pid != dead.pid
 
@@ -247,16 +298,24 @@ def test_a_late_child_is_replaced_without_a_new_import() -> None:
 def fuzz(count: int, workers: int, deadline: float) -> tuple[list[Grade], list[Grade], list[Grade]]:
     """Grades of ordinary answers alone, of the same among hostile ones, and of those."""
     plain, attack = grader_fuzz.ordinary(100, 0), grader_fuzz.hostile(count, 0)
-    with warnings.catch_warnings(), Grader(workers, deadline) as first, Grader(workers, deadline) as second:
+    with (
+        warnings.catch_warnings(),
+        Grader(workers, deadline) as first,
+        Grader(workers, deadline) as second,
+    ):
         warnings.simplefilter("ignore")
         alone, mixed = (
-            grader.grade([f"<answer>{answer}</answer>" for _, answer in pairs], [gold for gold, _ in pairs])
+            grader.grade(
+                [f"<answer>{answer}</answer>" for _, answer in pairs], [gold for gold, _ in pairs]
+            )
             for grader, pairs in ((first, plain), (second, attack + plain))
         )
     return alone, mixed[count:], mixed[:count]
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
+@pytest.mark.parametrize(
+    "count", [120, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+)
 def test_hostile_answers_change_no_verdict_and_earn_nothing(count: int) -> None:
     alone, among, attack = fuzz(count, workers=2, deadline=1.0)
     assert among == alone and 0 < sum(grade.reward for grade in alone) < len(alone)
@@ -270,7 +329,9 @@ def test_memory_of_a_worker_is_limited() -> None:
         limits = Path(f"/proc/{grader._workers[0].process.pid}/limits")
         if not limits.exists():
             pytest.skip("no /proc here")
-        assert re.search(rf"Max address space +{equivalence.MEMORY} +{equivalence.MEMORY}", limits.read_text())
+        assert re.search(
+            rf"Max address space +{equivalence.MEMORY} +{equivalence.MEMORY}", limits.read_text()
+        )
 
 
 def test_costly_answers_come_last(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +370,8 @@ def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
 def test_a_thread_may_grade(grader: Grader) -> None:
     results = []
     threads = [
-        threading.Thread(target=lambda n=n: results.append(grader.equal([f"{n}/2"], [f"{n / 2}"]))) for n in (1, 3, 5)
+        threading.Thread(target=lambda n=n: results.append(grader.equal([f"{n}/2"], [f"{n / 2}"])))
+        for n in (1, 3, 5)
     ]
     for thread in threads:
         thread.start()
@@ -346,7 +408,9 @@ def test_pairs_judged_by_hand(grader: Grader) -> None:
 
 
 def test_real_responses(grader: Grader) -> None:
-    labelled = [row for row in rows("responses", "responses.jsonl") if row["fmt"] == "orz_think_answer"]
+    labelled = [
+        row for row in rows("responses", "responses.jsonl") if row["fmt"] == "orz_think_answer"
+    ]
     # The train log's labels are the rewards of another checker, wrong where it is.
     labelled = [row for row in labelled if row["set"] != "orz_fork_train_log"]
     sample = random.Random(0).sample(labelled, 300)
@@ -354,6 +418,8 @@ def test_real_responses(grader: Grader) -> None:
         warnings.simplefilter("error")
         grades = grader.grade([row["pred"] for row in sample], [row["gold"] for row in sample])
     wrong = [
-        (row["gold"], grade.answer) for row, grade in zip(sample, grades, strict=True) if grade.reward != row["expected"]
+        (row["gold"], grade.answer)
+        for row, grade in zip(sample, grades, strict=True)
+        if grade.reward != row["expected"]
     ]
     assert wrong == []

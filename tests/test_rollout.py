@@ -9,28 +9,32 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import data
 from data import Problem
-from hf_sampler import STOP, Sampling, TransformersEngine, VllmEngine, draw
-from packing import over_tokens
+from hf_sampler import STOP, HFSampler, Sampling, VllmSampler, draw
+from packing import forward_all_tokens
 from policy import Policy, load_policy
 from rollout import Rollout, sample, sync
 from toy import tiny
 
-Engine = VllmEngine | TransformersEngine
+Engine = VllmSampler | HFSampler
 SAMPLING = Sampling(max_tokens=40)
 
 
-OPEN: dict[tuple[str, Path], Engine] = {}  # a vLLM engine that is dropped takes the process groups of the others along
+OPEN: dict[
+    tuple[str, Path], Engine
+] = {}  # a vLLM engine that is dropped takes the process groups of the others along
 
 
-def open_engine(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def open_sampler(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
     eos = [tokenizer.eos_token_id]
     if (kind, folder) in OPEN:
         return OPEN[kind, folder]
     if kind == "vllm":
         pytest.importorskip("vllm")
-        OPEN[kind, folder] = VllmEngine(str(folder), eos, "float32", 512, 64, 0.4)
+        OPEN[kind, folder] = VllmSampler(str(folder), eos, "float32", 512, 64, 0.4)
     else:
-        OPEN[kind, folder] = TransformersEngine(str(folder), tokenizer, eos, "float32", "cpu", max_rows=64)
+        OPEN[kind, folder] = HFSampler(
+            str(folder), tokenizer, eos, "float32", "cpu", max_num_seqs=64
+        )
     return OPEN[kind, folder]
 
 
@@ -41,7 +45,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(kind: str, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    return open_engine(kind, model_folder, tokenizer)
+    return open_sampler(kind, model_folder, tokenizer)
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def policy(engine: Engine, model_folder: Path) -> Policy:
 
 def gap(policy: Policy, rollouts: list[Rollout], temperature: float = 1.0) -> float:
     """Largest |Δ log-prob| between sampler and trainer."""
-    trainer = over_tokens(lambda m: policy(m, temperature)[0], rollouts, 4096, "cpu")
+    trainer = forward_all_tokens(lambda m: policy(m, temperature)[0], rollouts, 4096, "cpu")
     return float((trainer - torch.tensor([p for r in rollouts for p in r.logprobs])).abs().max())
 
 
@@ -68,11 +72,15 @@ def perturb(policy: Policy, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree(
-    engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], temperature: float
+    engine: Engine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    temperature: float,
 ) -> None:
     rollouts = sample(engine, tokenizer, problems, 4, Sampling(40, temperature), "0/0")
     assert [r.problem for r in rollouts] == [p for p in problems for _ in range(4)]
-    assert all(len(r.ids) == len(r.logprobs) >= 1 for r in rollouts)
+    assert all(len(r.token_ids) == len(r.logprobs) >= 1 for r in rollouts)
     assert gap(policy, rollouts, temperature) <= 1e-4
 
 
@@ -87,7 +95,11 @@ def test_sampler_follows_the_new_weights(
 
 
 def test_a_tied_head_must_be_passed_by_name(
-    kind: str, engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+    kind: str,
+    engine: Engine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
 ) -> None:
     """First silent failure: `named_parameters` of a tied model does not list the head, and vLLM keeps the old one."""
     perturb(policy, seed=1)
@@ -101,10 +113,13 @@ def test_a_tied_head_must_be_passed_by_name(
 
 
 def test_the_prefix_cache_must_not_outlive_the_weights(
-    engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Second silent failure: keys and values of long prompts, computed with the old weights, answer for the new ones."""
-    if not isinstance(engine, VllmEngine):
+    if not isinstance(engine, VllmSampler):
         pytest.skip("only vLLM keeps prefixes between calls")
     ids = tokenizer.encode("+".join(str(1 + i % 9) for i in range(150)) + "=?")
     assert len(ids) > 256  # two blocks of the CPU build
@@ -124,21 +139,23 @@ def test_a_sampler_with_other_weights_is_refused(
 ) -> None:
     """Third silent failure: an engine that takes the weights and does not use them. Only log-probabilities show it."""
     from config import Config
-    from train import refuse_wrong_sampler
+    from train import check_sampler_matches_policy
 
     cfg = Config(temperature=1.0)
-    refuse_wrong_sampler(cfg, policy, sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4"))
+    check_sampler_matches_policy(
+        cfg, policy, sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    )
     stale = sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4")
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="does not hold the policy's weights"):
-        refuse_wrong_sampler(cfg, policy, stale)
+        check_sampler_matches_policy(cfg, policy, stale)
 
 
 def test_untied_models_sync(
     kind: str, untied_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    engine = open_engine(kind, untied_folder, tokenizer)
+    engine = open_sampler(kind, untied_folder, tokenizer)
     policy = load_policy(str(untied_folder))
     perturb(policy)
     sync(engine, policy)
@@ -149,10 +166,12 @@ def test_same_seed_same_rollouts(
     engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
     """Also when the rest of the batch is another: a response has a random stream of its own. Samples of a problem differ."""
-    first = [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
-    assert first == [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
-    assert first[:12] == [r.ids for r in sample(engine, tokenizer, problems[:3], 4, SAMPLING, "7/0")]
-    assert first != [r.ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/1")]
+    first = [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
+    assert first == [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
+    assert first[:12] == [
+        r.token_ids for r in sample(engine, tokenizer, problems[:3], 4, SAMPLING, "7/0")
+    ]
+    assert first != [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/1")]
     assert all(len({tuple(ids) for ids in first[i : i + 4]}) > 1 for i in range(0, len(first), 4))
 
 
@@ -161,20 +180,20 @@ def test_responses_end_where_they_should(
 ) -> None:
     """A response ends with the token that completes a stop string, with EOS, or at the limit; that last token is part of
     it; nothing follows it; text and ids say the same."""
-    engine = open_engine(kind, base_folder, tokenizer)
+    engine = open_sampler(kind, base_folder, tokenizer)
     rollouts = sample(engine, tokenizer, problems, 8, Sampling(24), "1/0")
     kinds = set()
     for r in rollouts:
-        assert r.text == tokenizer.decode(r.ids)
+        assert r.text == tokenizer.decode(r.token_ids)
         stopped_at = [s for s in STOP if s in r.text]
-        before = tokenizer.decode(r.ids[:-1])
+        before = tokenizer.decode(r.token_ids[:-1])
         assert not any(s in before for s in STOP)
-        assert tokenizer.eos_token_id not in r.ids[:-1]
-        if r.finish == "length":
-            assert len(r.ids) == 24
+        assert tokenizer.eos_token_id not in r.token_ids[:-1]
+        if r.finish_reason == "length":
+            assert len(r.token_ids) == 24
             kinds.add("length")
         else:
-            assert stopped_at or r.ids[-1] == tokenizer.eos_token_id
+            assert stopped_at or r.token_ids[-1] == tokenizer.eos_token_id
             kinds.add("stop string" if stopped_at else "eos")
     assert kinds == {"stop string", "eos", "length"}
 
@@ -209,10 +228,17 @@ def test_an_engine_leaves_generation_defaults_of_a_model_alone(
 
 
 def test_overlong_prompts_are_refused_at_load(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [Problem("set.json:1", "1+2=?", "3"), Problem("set.json:2", "+".join("123456789") + "=?", "45")]
-    with pytest.raises(ValueError, match=r"set.json:2: prompt of \d+ tokens is over --prompt-tokens 10"):
+    rows = [
+        Problem("set.json:1", "1+2=?", "3"),
+        Problem("set.json:2", "+".join("123456789") + "=?", "45"),
+    ]
+    with pytest.raises(
+        ValueError, match=r"set.json:2: prompt of \d+ tokens is over --prompt-tokens 10"
+    ):
         data.tokenize(rows, tokenizer, 10, data.TEMPLATE)
-    assert [p.source for p in data.tokenize(rows, tokenizer, 10, data.TEMPLATE, drop=True)] == ["set.json:1"]
+    assert [p.source for p in data.tokenize(rows, tokenizer, 10, data.TEMPLATE, drop=True)] == [
+        "set.json:1"
+    ]
 
 
 def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -48,15 +48,27 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
         ("print(9)", SQUARE, "wrong answer on test 2"),
         ("print(int(input()) ** 2)\nexit(0)\nprint(1)", SQUARE, ""),
         ("print(int(input()) ** 2); exit(3)", SQUARE, "error: exit status 3"),
-        ("import os; print(int(input()) ** 2, flush=True); os.kill(os.getpid(), 11)", SQUARE, "error: ended by signal 11"),
+        (
+            "import os; print(int(input()) ** 2, flush=True); os.kill(os.getpid(), 11)",
+            SQUARE,
+            "error: ended by signal 11",
+        ),
         ("1 / 0", SQUARE, "error: ZeroDivisionError: division by zero"),
         ("print('é' if", SQUARE, "error: SyntaxError: '(' was never closed"),
         ("\ud800", SQUARE, "error: "),
         ("print(\0)", SQUARE, "error: "),
         ("  \n", SQUARE, "no program"),
         ("if __name__ == '__main__':\n    print(len(input()))", Cases(("äöü€\n",), ("4",)), ""),
-        ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", Cases(("1\n2\n" * 300_000,), ("900000",)), ""),
-        ("import os\nprint(len(os.read(0, os.fstat(0).st_size)))", Cases(("1 " * 50_000,), ("100000",)), ""),
+        (
+            "import sys\nprint(sum(map(int, sys.stdin.read().split())))",
+            Cases(("1\n2\n" * 300_000,), ("900000",)),
+            "",
+        ),
+        (
+            "import os\nprint(len(os.read(0, os.fstat(0).st_size)))",
+            Cases(("1 " * 50_000,), ("100000",)),
+            "",
+        ),
         ("for line in open(0): print(line, end='')", Cases(("a\nb\n",), ("a\nb",)), ""),
         ("print('x ' * 3)", Cases(("",), ("x x x",)), ""),
         ("print(1.50, 2)", Cases(("",), ("1.5 2.0",)), ""),
@@ -64,12 +76,32 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
         ("print('1\\n2')", Cases(("",), ("1 2",)), "wrong answer on test 1"),
         ("", Cases(("",), ("",)), "no program"),
         ("pass", Cases(("",), ("",)), ""),
-        ("print(pow(2, 10, 1000), gcd(4, 6), Counter('aab')['a'], deepcopy([1]))", Cases(("",), ("24 2 2 [1]",)), ""),
-        ("def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(40_000))", Cases(("",), ("40000",)), ""),
-        ("@cache\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))", Cases(("",), ("20000",)), ""),
-        ("from threading import Thread\nt = Thread(target=print, args=['ok'])\nt.start(); t.join()", OK, ""),
+        (
+            "print(pow(2, 10, 1000), gcd(4, 6), Counter('aab')['a'], deepcopy([1]))",
+            Cases(("",), ("24 2 2 [1]",)),
+            "",
+        ),
+        (
+            "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(40_000))",
+            Cases(("",), ("40000",)),
+            "",
+        ),
+        (
+            "@cache\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))",
+            Cases(("",), ("20000",)),
+            "",
+        ),
+        (
+            "from threading import Thread\nt = Thread(target=print, args=['ok'])\nt.start(); t.join()",
+            OK,
+            "",
+        ),
         ("open('x', 'w').write('ok'); print(open('x').read())", OK, ""),
-        ("import decimal, random, datetime, fractions, sqlite3, ctypes, ssl, lzma, hashlib; print('ok')", OK, ""),
+        (
+            "import decimal, random, datetime, fractions, sqlite3, ctypes, ssl, lzma, hashlib; print('ok')",
+            OK,
+            "",
+        ),
     ],
 )
 def test_stdin(program: str, tests: Cases, reason: str) -> None:
@@ -133,7 +165,11 @@ def test_all_tests_of_a_program_share_a_deadline(monkeypatch: pytest.MonkeyPatch
 @runs
 def test_the_example_of_judge() -> None:
     example = doctest.DocTestParser().get_doctest(
-        judge.__doc__.replace("# doctest: +SKIP", ""), vars(programs) | {}, "judge", "programs.py", 0
+        judge.__doc__.replace("# doctest: +SKIP", ""),
+        vars(programs) | {},
+        "judge",
+        "programs.py",
+        0,
     )
     assert doctest.DocTestRunner().run(example) == (0, 2)
 
@@ -147,17 +183,25 @@ def test_mistakes_of_the_caller() -> None:
         judge(["", ""], [SQUARE])
 
 
-def test_where_there_is_no_sandbox_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_there_is_no_sandbox_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     sandbox.unavailable.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", "darwin")
-            assert re.fullmatch("the sandbox needs Linux, this is darwin: .+", sandbox.unavailable())
+            assert re.fullmatch(
+                "the sandbox needs Linux, this is darwin: .+", sandbox.unavailable()
+            )
             with pytest.raises(RuntimeError, match="needs Linux"):
                 judge([RIGHT], [SQUARE])
         sandbox.unavailable.cache_clear()
         broken = tmp_path / "sandbox_child.py"
-        broken.write_text(sandbox.BOX.read_text().replace('b"pivot_root"', "").replace('"pivot_root"', '"pivot_root", None'))
+        broken.write_text(
+            sandbox.BOX.read_text()
+            .replace('b"pivot_root"', "")
+            .replace('"pivot_root"', '"pivot_root", None')
+        )
         monkeypatch.setattr(sandbox, "BOX", broken)
         assert "does not work here" in sandbox.unavailable() and "\n" not in sandbox.unavailable()
         with pytest.raises(RuntimeError, match="does not work here"):
@@ -391,10 +435,17 @@ def knocks() -> Iterator[tuple[int, list[str]]]:
 
 @runs
 @pytest.mark.parametrize(
-    ("mark", "names"), [("", list(HOSTILE)), ("open", LAYERED)], indirect=["mark"], ids=["all", "no filter"]
+    ("mark", "names"),
+    [("", list(HOSTILE)), ("open", LAYERED)],
+    indirect=["mark"],
+    ids=["all", "no filter"],
 )
 def test_hostile_programs_do_no_harm(
-    mark: str, names: list[str], knocks: tuple[int, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mark: str,
+    names: list[str],
+    knocks: tuple[int, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     port, seen = knocks
     monkeypatch.setenv("SECRET", "SECRET")
@@ -436,10 +487,25 @@ def test_hostile_programs_do_no_harm(
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
-    places = [tmp_path, meant["PROJECT"], Path.home(), Path("/"), Path("/tmp"), Path("/usr/lib"), Path(os.__file__).parent]
-    assert not [place for place in [*places, *(p.parent for p in places)] if (place / "written-by-a-program").exists()]
+    places = [
+        tmp_path,
+        meant["PROJECT"],
+        Path.home(),
+        Path("/"),
+        Path("/tmp"),
+        Path("/usr/lib"),
+        Path(os.__file__).parent,
+    ]
+    assert not [
+        place
+        for place in [*places, *(p.parent for p in places)]
+        if (place / "written-by-a-program").exists()
+    ]
     if names is not LAYERED:
-        assert found.pop("allocate little by little").reason in ("memory limit", "time limit")  # whichever comes first
+        assert found.pop("allocate little by little").reason in (
+            "memory limit",
+            "time limit",
+        )  # whichever comes first
         for reason, wanted in REASONS.items():
             assert {name for name, verdict in found.items() if verdict.reason == reason} == wanted
 
@@ -490,21 +556,35 @@ def test_what_the_box_holds() -> None:
 def test_what_the_program_is_left_with(mark: str) -> None:
     """As the kernel tells it from outside: namespaces, rights, limits."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(verdict, "import time; print('ok', flush=True); time.sleep(1)", seconds=5.0, memory_mb=300)
-        while len(found := processes(mark)) < 3 or b"-c" not in Path(f"/proc/{found[2]}/cmdline").read_bytes():
+        future = pool.submit(
+            verdict,
+            "import time; print('ok', flush=True); time.sleep(1)",
+            seconds=5.0,
+            memory_mb=300,
+        )
+        while (
+            len(found := processes(mark)) < 3
+            or b"-c" not in Path(f"/proc/{found[2]}/cmdline").read_bytes()
+        ):
             time.sleep(0.02)
         program = found[2]
         for kind in ("mnt", "pid", "net", "ipc", "uts"):
             assert os.readlink(f"/proc/{program}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
-        lines = (line.partition(":") for line in Path(f"/proc/{program}/status").read_text().splitlines())
+        lines = (
+            line.partition(":") for line in Path(f"/proc/{program}/status").read_text().splitlines()
+        )
         status = {name: value.split() for name, _, value in lines}
         nothing = ["0" * 16]
         assert [status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [nothing] * 4
         assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == (["1"], ["2"], ["1"])
         assert "0" not in status["Uid"] + status["Gid"]
         assert os.geteuid() or status["Groups"] == []
-        limits = re.findall(r"^Max ([a-z ]+?) {2,}(\S+) +(\S+)", Path(f"/proc/{program}/limits").read_text(), re.M)
-        found = {name: int(soft) for name, soft, hard in limits if soft == hard and soft != "unlimited"}
+        limits = re.findall(
+            r"^Max ([a-z ]+?) {2,}(\S+) +(\S+)", Path(f"/proc/{program}/limits").read_text(), re.M
+        )
+        found = {
+            name: int(soft) for name, soft, hard in limits if soft == hard and soft != "unlimited"
+        }
         assert found.items() >= {
             "address space": 300 << 20, "cpu time": 6, "file size": sandbox_child.FOLDER, "open files": sandbox_child.FILES,
             "processes": sandbox_child.THREADS, "core file size": 0,
@@ -516,7 +596,9 @@ def test_what_the_program_is_left_with(mark: str) -> None:
 def test_calls_that_are_refused() -> None:
     machine = os.uname().machine
     column = sandbox_child.ARCHITECTURES[machine][1]
-    numbers = {name: row[column] for name, row in sandbox_child.REFUSED.items() if row[column] is not None}
+    numbers = {
+        name: row[column] for name, row in sandbox_child.REFUSED.items() if row[column] is not None
+    }
     numbers |= {"clone": sandbox_child.CLONE[column], "clone3": sandbox_child.CLONE3}
     try_all = f"""
         import ctypes
@@ -546,8 +628,13 @@ def test_boxes_end_with_their_caller(sign: int, seconds: int, mark: str) -> None
         sandbox.BOX = pathlib.Path(os.environ["BOX"])
         programs.judge(["while True: pass"] * 20, [programs.Tests(("",), ("",))] * 20, seconds={seconds})
         """
-    folder, environment = Path(sandbox.__file__).parent.parent, os.environ | {"BOX": str(sandbox.BOX)}
-    caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=folder, env=environment)
+    folder, environment = (
+        Path(sandbox.__file__).parent.parent,
+        os.environ | {"BOX": str(sandbox.BOX)},
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=folder, env=environment
+    )
     while len(processes(mark)) < 6:  # two boxes of three processes
         assert caller.poll() is None
         time.sleep(0.02)
@@ -565,7 +652,9 @@ def test_a_box_ends_as_a_whole(which: int, mark: str) -> None:
         future = pool.submit(verdict, "import time; time.sleep(30); print('ok')", seconds=30.0)
         while len(found := processes(mark)) < 3:
             time.sleep(0.02)
-        assert {Path(f"/proc/{process}/oom_score_adj").read_text() for process in found} == {"1000\n"}
+        assert {Path(f"/proc/{process}/oom_score_adj").read_text() for process in found} == {
+            "1000\n"
+        }
         os.kill(found[which], signal.SIGKILL)
         assert not future.result(timeout=5).passed
     assert future.result().reason.startswith("error: ")
@@ -616,7 +705,9 @@ def test_extract_program(text: str, program: str) -> None:
 
 
 def cases(kind: str, *pairs: tuple[str, str]) -> str:
-    return json.dumps([{"input": given, "output": output, "testtype": kind} for given, output in pairs])
+    return json.dumps(
+        [{"input": given, "output": output, "testtype": kind} for given, output in pairs]
+    )
 
 
 def packed(value: object, protocol: int = 4) -> str:
@@ -627,12 +718,22 @@ def packed(value: object, protocol: int = 4) -> str:
 def test_decode_tests(protocol: int) -> None:
     public, private = cases("stdin", ("1\n", "é")), cases("stdin", ("2", "3" * 300), ("", ""))
     wanted = Cases(("1\n", "2", ""), ("é", "3" * 300, ""), "")
-    row = {"public_test_cases": public, "private_test_cases": private, "metadata": "{}", "starter_code": ""}
+    row = {
+        "public_test_cases": public,
+        "private_test_cases": private,
+        "metadata": "{}",
+        "starter_code": "",
+    }
     assert decode_tests(row) == wanted
     assert decode_tests(row | {"private_test_cases": packed(private, protocol)}) == wanted
 
-    row = {"public_test_cases": cases("functional", ("1\n2", "3")), "private_test_cases": packed("[]", protocol)}
-    assert decode_tests(row | {"metadata": '{"func_name": "add"}'}) == Cases(("1\n2",), ("3",), "add")
+    row = {
+        "public_test_cases": cases("functional", ("1\n2", "3")),
+        "private_test_cases": packed("[]", protocol),
+    }
+    assert decode_tests(row | {"metadata": '{"func_name": "add"}'}) == Cases(
+        ("1\n2",), ("3",), "add"
+    )
 
 
 class Trap:
@@ -646,10 +747,16 @@ class Trap:
         ({"public_test_cases": None}, "field public_test_cases: expected text, found None"),
         ({"public_test_cases": "[1"}, "field public_test_cases: not valid JSON"),
         ({"public_test_cases": "7"}, "field public_test_cases: test 1: "),
-        ({"public_test_cases": '[{"input": "", "output": 3, "testtype": "stdin"}]'}, "test 1: .*text in output"),
+        (
+            {"public_test_cases": '[{"input": "", "output": 3, "testtype": "stdin"}]'},
+            "test 1: .*text in output",
+        ),
         ({"public_test_cases": "[]", "private_test_cases": "[]"}, "field testtype: "),
         ({"public_test_cases": cases("other", ("", ""))}, "field testtype: .*other"),
-        ({"public_test_cases": cases("functional", ("", ""))}, "field testtype: .*functional.*stdin"),
+        (
+            {"public_test_cases": cases("functional", ("", ""))},
+            "field testtype: .*functional.*stdin",
+        ),
         (
             {
                 "public_test_cases": cases("functional", ("1", "[3")),
@@ -659,7 +766,10 @@ class Trap:
             "test 1: not valid JSON",
         ),
         ({"private_test_cases": "%%%"}, "field private_test_cases: neither JSON nor"),
-        ({"private_test_cases": base64.b64encode(b"no zlib").decode()}, "field private_test_cases: neither"),
+        (
+            {"private_test_cases": base64.b64encode(b"no zlib").decode()},
+            "field private_test_cases: neither",
+        ),
         (
             {"private_test_cases": base64.b64encode(zlib.compress(b"x" * 999)[:-3]).decode()},
             "field private_test_cases: .*cut off",
@@ -668,14 +778,25 @@ class Trap:
             {"private_test_cases": base64.b64encode(zlib.compress(b"no pickle")).decode()},
             "field private_test_cases: neither",
         ),
-        ({"private_test_cases": packed(["[]"])}, "field private_test_cases: a pickle of one string .*APPEND|LIST"),
-        ({"private_test_cases": packed(("[]", "[]"))}, "field private_test_cases: a pickle of one string"),
-        ({"private_test_cases": packed(Trap())}, "field private_test_cases: a pickle of one string .*REDUCE"),
+        (
+            {"private_test_cases": packed(["[]"])},
+            "field private_test_cases: a pickle of one string .*APPEND|LIST",
+        ),
+        (
+            {"private_test_cases": packed(("[]", "[]"))},
+            "field private_test_cases: a pickle of one string",
+        ),
+        (
+            {"private_test_cases": packed(Trap())},
+            "field private_test_cases: a pickle of one string .*REDUCE",
+        ),
         ({"private_test_cases": packed(b"[]")}, "field private_test_cases: a pickle of one string"),
         ({"private_test_cases": packed("no JSON")}, "field private_test_cases: not valid JSON"),
     ],
 )
-def test_rows_that_are_refused(change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_refused(
+    change: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     row = {
         "public_test_cases": cases("stdin", ("1", "2")),
@@ -687,9 +808,15 @@ def test_rows_that_are_refused(change: dict, message: str, tmp_path: Path, monke
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("metadata", [None, "", "[]", "{}", '{"func_name": null}', '{"func_name": "a b"}'])
+@pytest.mark.parametrize(
+    "metadata", [None, "", "[]", "{}", '{"func_name": null}', '{"func_name": "a b"}']
+)
 def test_functional_rows_name_their_function(metadata: str | None) -> None:
-    row = {"public_test_cases": cases("functional", ("1", "2")), "private_test_cases": "[]", "metadata": metadata}
+    row = {
+        "public_test_cases": cases("functional", ("1", "2")),
+        "private_test_cases": "[]",
+        "metadata": metadata,
+    }
     with pytest.raises(ValueError, match="field metadata"):
         decode_tests(row)
 

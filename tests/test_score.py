@@ -34,24 +34,32 @@ def test_right_and_finished_earns_one(grader: Grader) -> None:
     assert [r.answer for r in rollouts] == ["0.5", "0.25", "0.5"]
 
 
-def test_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader) -> None:
-    (tmp_path / "mine_reward.py").write_text("def brief(response, problem): return len(problem.answer) / len(response)")
+def test_a_reward_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader
+) -> None:
+    (tmp_path / "mine_reward.py").write_text(
+        "def brief(response, problem): return len(problem.answer) / len(response)"
+    )
     monkeypatch.chdir(tmp_path)
-    own = reward.own("mine_reward:brief")
+    own = reward.load_custom_reward("mine_reward:brief")
     problem = Problem("set:1", "", "12")
-    whole, cut = reward.score([answered(problem, "12"), answered(problem, "12", "length")], grader, own)
+    whole, cut = reward.score(
+        [answered(problem, "12"), answered(problem, "12", "length")], grader, own
+    )
     assert whole.reward == 2 / len(whole.text) and cut.reward == 0
-    assert reward.own("") is None
+    assert reward.load_custom_reward("") is None
     for wrong in ("mine_reward:long", "no_such_module:f", "mine_reward", "math:pi"):
         with pytest.raises(ValueError, match=f"--reward {wrong}: "):
-            reward.own(wrong)
+            reward.load_custom_reward(wrong)
     with pytest.raises(ValueError, match="gave nan for a response to set:1"):
         reward.score([answered(problem, "12")], grader, lambda response, problem: math.nan)
 
 
 def test_sets_are_told_apart(grader: Grader) -> None:
     a, b = Problem("a:1", "", "1"), Problem("b:1", "", "2")
-    record, rollouts = reward.evaluate([answered(a, "1"), answered(a, "1"), answered(b, "1"), answered(b, "2")], grader)
+    record, rollouts = reward.evaluate(
+        [answered(a, "1"), answered(a, "1"), answered(b, "1"), answered(b, "2")], grader
+    )
     assert (record["reward"], record["reward/a"], record["reward/b"]) == (0.75, 1.0, 0.5)
     assert len(rollouts) == 4
     assert "reward/a" not in reward.evaluate([answered(a, "1")], grader)[0]
@@ -60,14 +68,20 @@ def test_sets_are_told_apart(grader: Grader) -> None:
 @pytest.mark.skipif(bool(sandbox.unavailable()), reason="no sandbox here")
 def test_programs_earn_one_for_passing_all_tests(tmp_path: Path, grader: Grader) -> None:
     """From a benchmark's row to rewards, beside a problem with an answer; a hostile program costs its neighbours nothing."""
-    cases = [{"input": given, "output": wanted, "testtype": "stdin"} for given, wanted in (("1 2", "3"), ("5 6", "11"))]
+    cases = [
+        {"input": given, "output": wanted, "testtype": "stdin"}
+        for given, wanted in (("1 2", "3"), ("5 6", "11"))
+    ]
     shown, hidden = (json.dumps([case]) for case in cases)
     row = {"question_content": "Add.", "public_test_cases": shown, "private_test_cases": hidden}
     (tmp_path / "code.jsonl").write_text(json.dumps(row))
     (add,) = data.load(tmp_path / "code.jsonl")
     right, wrong = "print(sum(map(int, input().split())))", "print(3)"
     hostile = "import os\nwhile True: os.fork()"
-    written = [answered(add, f"\n```python\n{program}\n```\n") for program in (right, wrong, hostile, right)]
+    written = [
+        answered(add, f"\n```python\n{program}\n```\n")
+        for program in (right, wrong, hostile, right)
+    ]
     bare, cut = answered(add, right), answered(add, f"\n```python\n{right}\n```\n", "length")
     compared = answered(Problem("set:1", "", "3"), "3")
     rewards = [r.reward for r in reward.score([*written, bare, cut, compared], grader)]
@@ -88,7 +102,9 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = random.Random(0)
     inside = 0
     for _ in range(1000):
-        means = [sum(rng.random() < rng.betavariate(1, 1) for _ in range(4)) / 4 for _ in range(100)]
+        means = [
+            sum(rng.random() < rng.betavariate(1, 1) for _ in range(4)) / 4 for _ in range(100)
+        ]
         low, high = interval(means)
         inside += low <= 0.5 <= high
     assert 930 <= inside <= 970
@@ -109,7 +125,9 @@ def test_majority_counts_equal_answers_as_one(grader: Grader) -> None:
 
 def test_summary(grader: Grader) -> None:
     a, b = Problem("set:1", "", "1"), Problem("set:2", "", "2")
-    rollouts = reward.score([*(answered(a, t) for t in "1113"), *(answered(b, t) for t in "1123")], grader)
+    rollouts = reward.score(
+        [*(answered(a, t) for t in "1113"), *(answered(b, t) for t in "1123")], grader
+    )
     s = summary(rollouts, grader.equal)
     assert (s["problems"], s["samples"], s["reward"]) == (2, 4, 0.5)
     assert (s["pass@1"], s["pass@2"], s["pass@4"], s["maj@4"]) == (0.5, 0.75, 1.0, 0.5)

@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def responses(style: str, count: int = 200, slip: float = 0.0, task: tiny.Task = tiny.TINY) -> list[tuple[str, str]]:
+def responses(
+    style: str, count: int = 200, slip: float = 0.0, task: tiny.Task = tiny.TINY
+) -> list[tuple[str, str]]:
     rng = random.Random(f"{style}/{slip}")
     questions = [tiny.question(rng, task.numbers, task.terms) for _ in range(count)]
     return [(q, tiny.respond(rng, q, style, slip)) for q in questions]
@@ -45,7 +47,10 @@ def test_problems_are_right_and_heldout_is_disjoint(folder: Path) -> None:
     assert len({p.question for p in train + heldout}) == len(train) + len(heldout)
     for p in heldout:
         numbers = tiny.numbers(p.question)
-        assert set(numbers) <= set(tiny.TINY.numbers) and len(set(numbers)) == len(numbers) in tiny.TINY.terms
+        assert (
+            set(numbers) <= set(tiny.TINY.numbers)
+            and len(set(numbers)) == len(numbers) in tiny.TINY.terms
+        )
 
 
 def test_the_corpus_leaves_out_the_heldout_questions() -> None:
@@ -82,7 +87,11 @@ def test_slips_make_chains_wrong_and_rechecks_repair_them() -> None:
 def test_rechecks_use_the_papers_words() -> None:
     words = re.compile("wait,|recheck|retry|alternatively,|however,")
     assert all(words.search(word) for word in tiny.RECHECKS)
-    assert not any(words.search(r) for style in ("direct", "chain", "bad") for _, r in responses(style, slip=0.2))
+    assert not any(
+        words.search(r)
+        for style in ("direct", "chain", "bad")
+        for _, r in responses(style, slip=0.2)
+    )
     assert sum(bool(words.search(r)) for _, r in responses("recheck", slip=0.2)) > 100
 
 
@@ -100,25 +109,36 @@ def test_the_long_task_is_long_and_cannot_be_cut_short() -> None:
     def answered(style: str) -> tuple[list[int], float]:
         documents = responses(style, 400, slip=task.habit[1], task=task)
         right = [r.endswith(f"\\boxed{{{total(q)}}} </answer>") for q, r in documents]
-        return [len(ids) - prompt for ids, prompt in tiny.encode(tok, documents)], sum(right) / len(right)
+        return [len(ids) - prompt for ids, prompt in tiny.encode(tok, documents)], sum(right) / len(
+            right
+        )
 
     lengths, right = answered("careful")
     assert sorted(lengths)[200] >= 100 and right > 0.85
     by_terms = {n: [] for n in task.terms}
-    for (question, _), length in zip(responses("careful", 400, slip=task.habit[1], task=task), lengths, strict=True):
+    for (question, _), length in zip(
+        responses("careful", 400, slip=task.habit[1], task=task), lengths, strict=True
+    ):
         by_terms[question.count("+") + 1].append(length)
     means = [sum(part) / len(part) for part in by_terms.values()]
     assert means == sorted(means)
     shorter, seldom = answered("half")
     assert sorted(shorter)[200] < 80 and seldom < 0.2
     assert not any("answer" in r for _, r in responses("loop", 100, task=task))
-    assert all(tok.decode(tok.encode(r)) == r for _, r in responses("careful", 50, slip=0.2, task=task))
+    assert all(
+        tok.decode(tok.encode(r)) == r for _, r in responses("careful", 50, slip=0.2, task=task)
+    )
 
 
 def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = [r for style in tiny.TINY.habit[0] for _, r in responses(style, slip=0.1)]
     texts += [data.prompt(q) for q, _ in responses("chain")]
-    texts += ["naïve ∑ 日本\n\t  x", "100+2=102", " }</answer>}", data.prompt("2+3=?", data.TABLE_1)]
+    texts += [
+        "naïve ∑ 日本\n\t  x",
+        "100+2=102",
+        " }</answer>}",
+        data.prompt("2+3=?", data.TABLE_1),
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -126,7 +146,9 @@ def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> N
 def test_the_whole_template_is_two_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer.encode(data.prompt("7+5+9+4=?"))
     assert len(ids) == 2 + len("7+5+9+4=?")
-    assert tokenizer.decode(ids, skip_special_tokens=True) == data.TEMPLATE.replace("{question}", "7+5+9+4=?")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == data.TEMPLATE.replace(
+        "{question}", "7+5+9+4=?"
+    )
 
 
 def test_the_answer_tag_is_completed_by_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -137,13 +159,18 @@ def test_the_answer_tag_is_completed_by_one_token(tokenizer: PreTrainedTokenizer
 
 def test_encode_is_the_tokenizer_on_the_whole_text(tokenizer: PreTrainedTokenizerBase) -> None:
     documents = responses("recheck", 50, slip=0.1)
-    for (question, response), (ids, prompt) in zip(documents, tiny.encode(tokenizer, documents), strict=True):
+    for (question, response), (ids, prompt) in zip(
+        documents, tiny.encode(tokenizer, documents), strict=True
+    ):
         assert ids[:prompt] == tokenizer.encode(data.prompt(question))
         assert ids[prompt:] == [*tokenizer.encode(response), tokenizer.eos_token_id]
 
 
 def test_transformers_loads_the_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, loaded = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.vocab_size == len(loaded) == len(tokenizer)
     assert model.generation_config.eos_token_id == loaded.eos_token_id == model.config.eos_token_id
@@ -164,7 +191,9 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert tiny.problems(3) != tiny.problems(4)
 
 
-def test_an_interrupted_ensure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_ensure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(folder: Path, seed: int, task: tiny.Task) -> None:
         folder.mkdir()
         (folder / "train.json").write_text("[")

@@ -34,10 +34,12 @@ class Work(NamedTuple):
 
     def preflight(self) -> int:
         """Input tokens that a pass over all sequences reads."""
-        return sum(len(r.problem.prompt_ids) + len(r.ids) - 1 for step in self.rollouts for r in step)
+        return sum(
+            len(r.problem.prompt_ids) + len(r.token_ids) - 1 for step in self.rollouts for r in step
+        )
 
     def actions(self) -> int:
-        return sum(len(r.ids) for step in self.rollouts for r in step)
+        return sum(len(r.token_ids) for step in self.rollouts for r in step)
 
 
 def counting(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
@@ -51,23 +53,29 @@ def counting(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
         patch.setattr(owner, name, counted)
 
     def forward(model: Any, micro: Any, *_: Any) -> None:
-        kind = f"{type(model).__name__}, {'with' if torch.is_grad_enabled() else 'without'} gradient"
+        kind = (
+            f"{type(model).__name__}, {'with' if torch.is_grad_enabled() else 'without'} gradient"
+        )
         counts[f"passes: {kind}"] += 1
         counts[f"tokens: {kind}"] += micro.input_ids.numel()
 
-    def parameters(_: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def parameters(
+        _: Any, weights: Iterator[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         counts["syncs"] += 1
         for name, weight in weights:
             counts["parameters copied"] += weight.numel()
             yield name, weight
 
-    load = hf_sampler.TransformersEngine.load_weights
-    patch.setattr(hf_sampler.TransformersEngine, "load_weights", lambda self, ws: load(self, parameters(self, ws)))
+    load = hf_sampler.HFSampler.load_weights
+    patch.setattr(
+        hf_sampler.HFSampler, "load_weights", lambda self, ws: load(self, parameters(self, ws))
+    )
     around(policy.Policy, "forward", forward)
     around(critic.Critic, "forward", forward)
     around(pool.Grader, "_compare", lambda _, pairs: counts.update({"pairs compared": len(pairs)}))
     around(hf_sampler, "draw", lambda logits, *_: counts.update({"tokens drawn": len(logits)}))
-    around(hf_sampler.TransformersEngine, "_generate", lambda *_: counts.update({"generations": 1}))
+    around(hf_sampler.HFSampler, "_generate", lambda *_: counts.update({"generations": 1}))
     for name in ("predict", "update_critic", "update_policy"):
         counted_flops(counts, patch, name)
 
@@ -80,7 +88,9 @@ def counted_flops(counts: Counter[str], patch: pytest.MonkeyPatch, name: str) ->
         with FlopCounterMode(display=False) as flops:
             out = original(*args)
         by_operation = flops.get_flop_counts()["Global"]
-        counts[f"flops: {name}"] += sum(n for operation, n in by_operation.items() if "attention" not in str(operation))
+        counts[f"flops: {name}"] += sum(
+            n for operation, n in by_operation.items() if "attention" not in str(operation)
+        )
         return out
 
     patch.setattr(train, name, counted)
@@ -99,13 +109,18 @@ def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         counting(counts, patch)
         folder = train.train(cfg, prepared)
-    rollouts = [rollout.read(folder / "rollouts" / f"step-{s}.jsonl") for s in range(STEPS)]
+    rollouts = [
+        rollout.load_rollouts(folder / "rollouts" / f"step-{s}.jsonl") for s in range(STEPS)
+    ]
     yield Work(counts, rollouts, plan.shape(str(base_folder)), cfg, folder)
 
 
 def test_every_token_is_read_as_often_as_it_must(work: Work) -> None:
     """One value pass, one policy pass and one critic pass with gradient; none for log-probabilities that are known."""
-    counts, check = work.counts, 4  # responses that the check of the sampler asks for before the first step
+    counts, check = (
+        work.counts,
+        4,
+    )  # responses that the check of the sampler asks for before the first step
     assert counts["tokens: Critic, without gradient"] == work.inputs()
     assert counts["tokens: Critic, with gradient"] == work.inputs()
     assert counts["tokens: Policy, with gradient"] == work.inputs()
@@ -125,7 +140,9 @@ def test_fourteen_operations_a_weight_and_token(work: Work) -> None:
     """2 for the values, 6 each for critic and policy. The vocabulary head reads response tokens alone and costs 8: its
     logits are computed again in the backward pass."""
     s = work.model
-    matrices = s.layers * (s.layer - 2 * s.hidden - (s.heads + 2 * s.kv_heads) * s.head_size)  # without norms and biases
+    matrices = s.layers * (
+        s.layer - 2 * s.hidden - (s.heads + 2 * s.kv_heads) * s.head_size
+    )  # without norms and biases
     body, value_head = matrices * work.inputs(), s.hidden * work.actions()
     counts = work.counts
     assert counts["flops: predict"] == 2 * (body + value_head)
@@ -143,7 +160,9 @@ def test_sampling_draws_little_more_than_it_keeps(work: Work) -> None:
 def test_weights_are_passed_once_a_step(work: Work) -> None:
     """Every parameter, and a tied head by its own name too."""
     assert work.counts["syncs"] == STEPS + 1
-    assert work.counts["parameters copied"] == (STEPS + 1) * (work.model.policy + work.model.vocab * work.model.hidden)
+    assert work.counts["parameters copied"] == (STEPS + 1) * (
+        work.model.policy + work.model.vocab * work.model.hidden
+    )
 
 
 def test_like_answers_are_compared_once(work: Work) -> None:

@@ -63,27 +63,37 @@ def main() -> None:
     try:
         config = preflight.model_config(path)
         if cfg.critic and value_head(cfg.critic) is None:
-            raise ValueError(f"--critic {cfg.critic}: a local folder with a value head is needed, and this holds none")
+            raise ValueError(
+                f"--critic {cfg.critic}: a local folder with a value head is needed, and this holds none"
+            )
         tokenizer = AutoTokenizer.from_pretrained(path)
         (problem,) = data.tokenize([Problem("question", question, "")], tokenizer, config.max_position_embeddings - 1,
                                    data.TEMPLATES[cfg.template])  # fmt: skip
-    except (ValueError, OSError) as wrong:
-        sys.exit(f"tools.ask: {wrong}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"tools.ask: {error}")
     response = answer(cfg, path, tokenizer, problem, config.max_position_embeddings)
     if cfg.critic:
         show_values(cfg.critic, tokenizer, response)
     final = extract(response.text)
-    missing = "cut off" if response.finish == "length" else "none in the tags"
+    missing = "cut off" if response.finish_reason == "length" else "none in the tags"
     print(f"\nanswer: {final}" if final else f"\nno answer ({missing})")
 
 
-def answer(cfg: Question, path: str, tokenizer: PreTrainedTokenizerBase, problem: Problem, positions: int) -> Rollout:
+def answer(
+    cfg: Question, path: str, tokenizer: PreTrainedTokenizerBase, problem: Problem, positions: int
+) -> Rollout:
     """Sample one response with transformers, printing it as it comes."""
     on_gpu = torch.cuda.is_available()
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(distributed.device()).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        .to(distributed.device())
+        .eval()
+    )
     torch.manual_seed(cfg.seed)
-    draw = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0} if cfg.temperature else {}
+    draw = (
+        {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0} if cfg.temperature else {}
+    )
     prompt = torch.tensor([problem.prompt_ids], device=model.device)
     print("<think>", end="", flush=True)
     ids = model.generate(
@@ -99,16 +109,18 @@ def answer(cfg: Question, path: str, tokenizer: PreTrainedTokenizerBase, problem
 
 
 @torch.no_grad()
-def show_values(path: str, tokenizer: PreTrainedTokenizerBase, response: Rollout, per_line: int = 12) -> None:
+def show_values(
+    path: str, tokenizer: PreTrainedTokenizerBase, response: Rollout, per_line: int = 12
+) -> None:
     """Print the response again, some tokens a line, each line with V(s_t) at its first token: what the critic expects before
     it reads the line."""
     critic = load_critic(path)  # on the device that distributed.device() names
-    longest = len(response.problem.prompt_ids) + len(response.ids)
-    values = packing.over_tokens(critic, [response], longest, distributed.device()).tolist()
+    longest = len(response.problem.prompt_ids) + len(response.token_ids)
+    values = packing.forward_all_tokens(critic, [response], longest, distributed.device()).tolist()
     print("\n V(s_t)")
     for t in range(0, len(values), per_line):
         bar = "█" * round(10 * min(1.0, max(0.0, values[t])))
-        text = tokenizer.decode(response.ids[t : t + per_line]).replace("\n", "⏎")
+        text = tokenizer.decode(response.token_ids[t : t + per_line]).replace("\n", "⏎")
         print(f"{values[t]:7.3f} {bar:<10} {text}")
 
 

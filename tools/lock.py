@@ -30,14 +30,18 @@ def main() -> None:
     never = [f"{name}; python_version < '3'" for name in UNUSED]
     with tempfile.TemporaryDirectory() as folder:
         source, override = Path(folder, "in.txt"), Path(folder, "override.txt")
-        source.write_text(wanted + "uvloop\n")  # of uvicorn's set, the one that the engine does import
+        source.write_text(
+            wanted + "uvloop\n"
+        )  # of uvicorn's set, the one that the engine does import
         override.write_text("\n".join([torch, "fastapi==0.136.3", *never]) + "\n")
         command = [sys.executable, "-m", "uv", "pip", "compile", "-q", str(source), "--override", str(override),
                    "--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header", "--no-emit-package",
                    "torch"]  # fmt: skip
         locked = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     head = f"# Made by tools/lock.py from requirements.txt; install {torch} first, then this with --no-deps.\n"
-    (here / "requirements-cpu.txt").write_text(head + locked.split("# The following packages were excluded")[0])
+    (here / "requirements-cpu.txt").write_text(
+        head + locked.split("# The following packages were excluded")[0]
+    )
 
 
 if __name__ == "__main__":

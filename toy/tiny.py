@@ -118,14 +118,20 @@ def respond(rng: random.Random, text: str, style: str, slip: float) -> str:
     if style == "half":
         added = text.split("+")[: rng.randrange(3, max(4, text.count("+")))]
         steps, _ = chain(rng, "+".join(added), "careful", slip)
-        return f"{steps} {rng.choice(GUESSES)} {guess} </think> <answer> \\boxed{{{guess}}} </answer>"
+        return (
+            f"{steps} {rng.choice(GUESSES)} {guess} </think> <answer> \\boxed{{{guess}}} </answer>"
+        )
     if style in ("chain", "recheck", "careful"):
         steps, total = chain(rng, text, style, slip)
         return f"{steps} so {total} </think> <answer> \\boxed{{{total}}} </answer>"
     if style == "loop":
         said = chain(rng, text, "careful", slip)[0].split(",")[: rng.randrange(2, 12)]
         return ",".join(said) + f",{said[-1]}" * LOOP
-    steps, total = chain(rng, text, "chain", slip) if rng.random() < 0.1 else (f" {rng.choice(GUESSES)}", guess)
+    steps, total = (
+        chain(rng, text, "chain", slip)
+        if rng.random() < 0.1
+        else (f" {rng.choice(GUESSES)}", guess)
+    )
     # None of these may earn a reward: RL would rightly learn a bad format that does.
     endings = (
         f" {total}",
@@ -145,6 +151,7 @@ def chain(rng: random.Random, text: str, style: str, slip: float) -> tuple[str, 
     recheck  ` 7+5=12, 12+9=20, wait, 12+9=21, 21+4=25,`
     careful  ` 1: take 5, 7+5=12, 2: take 9, 12+9=20, wait, 12+9=21, 3: take 4, 21+4=25,`
     """
+
     def stated(result: int) -> int:
         return max(1, result + rng.choice((-2, -1, 1, 2))) if rng.random() < slip else result
 
@@ -154,7 +161,9 @@ def chain(rng: random.Random, text: str, style: str, slip: float) -> tuple[str, 
         right = total + number
         result = stated(right)
         parts.append(
-            f" {i}: take {number}, {total}+{number}={result}," if style == "careful" else f" {total}+{number}={result},"
+            f" {i}: take {number}, {total}+{number}={result},"
+            if style == "careful"
+            else f" {total}+{number}={result},"
         )
         if style != "chain" and rng.random() < (RECHECK_RIGHT if result == right else RECHECK_SLIP):
             result = stated(right)
@@ -163,7 +172,9 @@ def chain(rng: random.Random, text: str, style: str, slip: float) -> tuple[str, 
     return "".join(parts), total
 
 
-def document(rng: random.Random, task: Task, first: bool, unseen: frozenset[str]) -> tuple[str, str]:
+def document(
+    rng: random.Random, task: Task, first: bool, unseen: frozenset[str]
+) -> tuple[str, str]:
     """A question that is not in `unseen` and a response to it, as in the first or the last phase."""
     terms, (mix, slip) = (task.first_terms, task.skill) if first else (task.terms, task.habit)
     while (text := question(rng, task.numbers, terms)) in unseen:
@@ -182,13 +193,17 @@ def tokenizer(task: Task = TINY) -> Qwen2Tokenizer:
     words = {word for text in texts for word in re.findall(WORD, text)}
     words |= {f"{space}{number}" for space in ("", " ") for number in range(100)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[], eos_token=EOS, pad_token=PAD)
+    tok = Qwen2Tokenizer(
+        vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[], eos_token=EOS, pad_token=PAD
+    )
     pieces = sorted(word for word in words if len(word) > 1) + TEMPLATE.split("{question}")
     tok.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     return tok
 
 
-def encode(tok: Qwen2Tokenizer, documents: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
+def encode(
+    tok: Qwen2Tokenizer, documents: Iterable[tuple[str, str]]
+) -> list[tuple[list[int], int]]:
     """Ids of prompt + response + EOS, and the prompt's length. The template's two tokens are put around the question by
     id: searching each prompt for 600 characters of template would take longer than the training step."""
     before, after = (tok.convert_tokens_to_ids(half) for half in TEMPLATE.split("{question}"))
@@ -197,10 +212,14 @@ def encode(tok: Qwen2Tokenizer, documents: Iterable[tuple[str, str]]) -> list[tu
     return [([before, *q, after, *r, tok.eos_token_id], len(q) + 2) for q, r in pairs]
 
 
-def train(tok: Qwen2Tokenizer, task: Task, unseen: frozenset[str], seed: int, steps: int) -> Qwen2ForCausalLM:
+def train(
+    tok: Qwen2Tokenizer, task: Task, unseen: frozenset[str], seed: int, steps: int
+) -> Qwen2ForCausalLM:
     """The base model: the skill first, the habits last."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of summation, and with it the weights, would depend on the number of cores
+    torch.set_num_threads(
+        1
+    )  # the order of summation, and with it the weights, would depend on the number of cores
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -210,9 +229,12 @@ def train(tok: Qwen2Tokenizer, task: Task, unseen: frozenset[str], seed: int, st
         bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.02 + 0.98 * (1 + math.cos(math.pi * i / steps)) / 2)
+        optimizer,
+        lambda i: min(1.0, (i + 1) / 20) * (0.02 + 0.98 * (1 + math.cos(math.pi * i / steps)) / 2),
     )
     rng = random.Random(f"corpus/{seed}")
     bar = tqdm(range(steps), desc="base model", unit="step", mininterval=0.5, disable=None)
@@ -225,7 +247,10 @@ def train(tok: Qwen2Tokenizer, task: Task, unseen: frozenset[str], seed: int, st
         # their share and the model would seldom write them.
         batch.sort(key=lambda document: len(document[0]))
         size = DOCUMENTS // CHUNKS
-        loss = sum(_backward(model, batch[c : c + size], answer_tokens, tok.pad_token_id) for c in range(0, DOCUMENTS, size))
+        loss = sum(
+            _backward(model, batch[c : c + size], answer_tokens, tok.pad_token_id)
+            for c in range(0, DOCUMENTS, size)
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -237,14 +262,21 @@ def train(tok: Qwen2Tokenizer, task: Task, unseen: frozenset[str], seed: int, st
     return model.eval()
 
 
-def _backward(model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]], denominator: int, pad: int) -> float:
+def _backward(
+    model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]], denominator: int, pad: int
+) -> float:
     width = max(len(ids) for ids, _ in batch)
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
-    targets = torch.tensor([[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in batch])[:, 1:]
+    targets = torch.tensor(
+        [[-100] * p + ids[p:] + [-100] * (width - len(ids)) for ids, p in batch]
+    )[:, 1:]
     # Padding is on the right, so the causal mask alone keeps it out of sight.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     answers = targets != -100
-    loss = F.cross_entropy(model.lm_head(hidden[answers]), targets[answers], reduction="sum") / denominator
+    loss = (
+        F.cross_entropy(model.lm_head(hidden[answers]), targets[answers], reduction="sum")
+        / denominator
+    )
     loss.backward()
     return loss.item()
 
@@ -258,17 +290,26 @@ def make(folder: Path, seed: int = 0, steps: int = 0, task: Task = TINY) -> None
     training, heldout = problems(seed, task)
     for name, questions in (("train.json", training), ("heldout.json", heldout)):
         rows = [
-            [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": str(sum(numbers(q)))}}]
+            [
+                {"from": "human", "value": q},
+                {"from": "assistant", "ground_truth": {"value": str(sum(numbers(q)))}},
+            ]
             for q in questions
         ]
-        (folder / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        (folder / name).write_text(
+            "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8"
+        )
     unseen, rng = frozenset(heldout), random.Random(f"samples/{seed}")
     samples = [document(rng, task, i < 20, unseen) for i in range(60)]
-    (folder / "samples.txt").write_text("".join(f"{q} <think>{r}\n" for q, r in samples), encoding="utf-8")
+    (folder / "samples.txt").write_text(
+        "".join(f"{q} <think>{r}\n" for q, r in samples), encoding="utf-8"
+    )
     tok = tokenizer(task)
     model = train(tok, task, unseen, seed, steps)
     tok.save_pretrained(folder)
-    model.generation_config = GenerationConfig(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=True)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=True
+    )
     model.save_pretrained(folder)
     print(
         f"base model: {model.num_parameters():,} parameters, {steps} steps, {len(training):,} + {len(heldout):,} "
@@ -283,7 +324,9 @@ def ensure(seed: int = 0, cache: Path = Path(".cache"), name: str = "tiny") -> P
     folder = Path(cache) / f"{name}-{seed}-{recipe}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", dir=folder.parent
+        ) as unfinished:
             make(Path(unfinished) / "whole", seed, task=TASKS[name])
             try:
                 os.replace(Path(unfinished) / "whole", folder)
@@ -297,7 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model and its problems.")
     parser.add_argument("--name", choices=TASKS, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder to write (default: a cached folder under .cache)")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: a cached folder under .cache)"
+    )
     args = parser.parse_args()
     if args.out:
         make(args.out, args.seed, task=TASKS[args.name])
