@@ -1,11 +1,14 @@
-"""The embedded task is right, its tokenizer loses nothing, and its folder is an ordinary Hugging Face folder."""
+"""toy/tiny.py: the task is right, its tokenizer is lossless, its folder loads with transformers."""
 
 import random
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Ended
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import data
@@ -31,9 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def responses(
     style: str, count: int = 200, slip: float = 0.0, task: tiny.Task = tiny.TINY
 ) -> list[tuple[str, str]]:
+    """Questions of the task and responses in one style."""
     rng = random.Random(f"{style}/{slip}")
     questions = [tiny.question(rng, task.numbers, task.terms) for _ in range(count)]
-    return [(q, tiny.respond(rng, q, style, slip)) for q in questions]
+    return [(question, tiny.respond(rng, question, style, slip)) for question in questions]
 
 
 def total(question: str) -> str:
@@ -42,44 +46,46 @@ def total(question: str) -> str:
 
 def test_problems_are_right_and_heldout_is_disjoint(folder: Path) -> None:
     train, heldout = data.load(folder / "train.json"), data.load(folder / "heldout.json")
-    assert len(train) == tiny.TRAIN and len(heldout) == 1_024
-    assert all(total(p.question) == p.answer for p in train + heldout)
-    assert len({p.question for p in train + heldout}) == len(train) + len(heldout)
-    for p in heldout:
-        numbers = tiny.numbers(p.question)
-        assert (
-            set(numbers) <= set(tiny.TINY.numbers)
-            and len(set(numbers)) == len(numbers) in tiny.TINY.terms
-        )
+    problems = train + heldout
+    assert len(train) == tiny.TRAIN_PROBLEMS and len(heldout) == 1_024
+    assert all(total(problem.question) == problem.answer for problem in problems)
+    assert len({problem.question for problem in problems}) == len(problems)
+    for problem in heldout:
+        numbers = tiny.numbers(problem.question)
+        assert set(numbers) <= set(tiny.TINY.numbers)
+        assert len(set(numbers)) == len(numbers)
+        assert len(numbers) in tiny.TINY.terms
 
 
 def test_the_corpus_leaves_out_the_heldout_questions() -> None:
     rng = random.Random(0)
     unseen = frozenset(tiny.question(rng) for _ in range(20_000))
     rng = random.Random(0)
-    assert not unseen & {tiny.document(rng, tiny.TINY, False, unseen)[0] for _ in range(500)}
+    corpus = [tiny.document(rng, tiny.TINY, False, unseen) for _ in range(500)]
+    assert not any(question in unseen for question, _ in corpus)
 
 
 def test_every_style_is_in_both_phases() -> None:
     for task, long in ((tiny.TINY, {"chain", "recheck"}), (tiny.LONG, {"careful", "half", "loop"})):
-        assert {"direct", "bad"} | long == set(task.skill[0]) == set(task.habit[0])
-    for mix, _ in (tiny.TINY.skill, tiny.TINY.habit, tiny.LONG.skill, tiny.LONG.habit):
-        assert sum(mix.values()) == pytest.approx(1)
-        assert min(mix.values()) > 0
+        for phase in (task.skill, task.habit):
+            assert set(phase.styles) == {"direct", "bad"} | long
+            assert sum(phase.styles.values()) == pytest.approx(1)
+            assert min(phase.styles.values()) > 0
 
 
 def test_chains_without_slips_end_with_the_gold_answer() -> None:
     for question, response in responses("chain") + responses("recheck"):
         assert FORMAT.fullmatch(response)[1] == total(question)
         steps = re.findall(r"(\d+\+\d+)=(\d+)", response)
-        assert len(dict(steps)) == question.count("+")  # a recheck says the same step again
+        assert len(dict(steps)) == question.count("+")  # a recheck repeats a step
         assert all(str(eval(left)) == right for left, right in steps)
 
 
 def test_slips_make_chains_wrong_and_rechecks_repair_them() -> None:
     def share(style: str) -> float:
         answers = responses(style, 2_000, slip=0.1)
-        return sum(FORMAT.fullmatch(r)[1] == total(q) for q, r in answers) / len(answers)
+        right = [FORMAT.fullmatch(response)[1] == total(question) for question, response in answers]
+        return sum(right) / len(right)
 
     assert share("chain") < 0.55 < share("recheck")
 
@@ -87,68 +93,64 @@ def test_slips_make_chains_wrong_and_rechecks_repair_them() -> None:
 def test_rechecks_use_the_papers_words() -> None:
     words = re.compile("wait,|recheck|retry|alternatively,|however,")
     assert all(words.search(word) for word in tiny.RECHECKS)
-    assert not any(
-        words.search(r)
-        for style in ("direct", "chain", "bad")
-        for _, r in responses(style, slip=0.2)
-    )
-    assert sum(bool(words.search(r)) for _, r in responses("recheck", slip=0.2)) > 100
+    for style in ("direct", "chain", "bad"):
+        assert not any(words.search(response) for _, response in responses(style, slip=0.2))
+    rechecks = responses("recheck", slip=0.2)
+    assert sum(bool(words.search(response)) for _, response in rechecks) > 100
 
 
 def test_a_bad_format_earns_nothing_and_a_guess_seldom_does() -> None:
-    assert not any(extract(r) for _, r in responses("bad", 1_000))
-    guesses = [(FORMAT.fullmatch(r)[1], total(q)) for q, r in responses("direct", 2_000)]
-    assert 0.03 < sum(guess == gold for guess, gold in guesses) / len(guesses) < 0.15
+    assert not any(extract(response) for _, response in responses("bad", 1_000))
+    guesses = responses("direct", 2_000)
+    right = [FORMAT.fullmatch(response)[1] == total(question) for question, response in guesses]
+    assert 0.03 < sum(right) / len(right) < 0.15
 
 
 def test_the_long_task_is_long_and_cannot_be_cut_short() -> None:
-    """`tiny-long`: careful answers take 100 tokens and more, the harder the longer; half of one is seldom right; a stuck one
-    never ends by itself."""
-    tok, task = tiny.tokenizer(tiny.LONG), tiny.LONG
+    """`tiny-long`: careful answers take 100 tokens and more, and grow with the number of terms; a
+    response that stops halfway is seldom right; a stuck one never ends by itself."""
+    tokenizer, task = tiny.tokenizer(tiny.LONG), tiny.LONG
 
-    def answered(style: str) -> tuple[list[int], float]:
-        documents = responses(style, 400, slip=task.habit[1], task=task)
-        right = [r.endswith(f"\\boxed{{{total(q)}}} </answer>") for q, r in documents]
-        return [len(ids) - prompt for ids, prompt in tiny.encode(tok, documents)], sum(right) / len(
-            right
-        )
+    def answered(style: str) -> tuple[list[tuple[str, int]], float]:
+        """Questions with the lengths of their responses, and the share of right responses."""
+        documents = responses(style, 400, slip=task.habit.slip, task=task)
+        questions = [question for question, _ in documents]
+        lengths = [len(ids) - prompt for ids, prompt in tiny.encode(tokenizer, documents)]
+        right = [
+            response.endswith(f"\\boxed{{{total(question)}}} </answer>")
+            for question, response in documents
+        ]
+        return list(zip(questions, lengths, strict=True)), sum(right) / len(right)
 
-    lengths, right = answered("careful")
-    assert sorted(lengths)[200] >= 100 and right > 0.85
-    by_terms = {n: [] for n in task.terms}
-    for (question, _), length in zip(
-        responses("careful", 400, slip=task.habit[1], task=task), lengths, strict=True
-    ):
-        by_terms[question.count("+") + 1].append(length)
-    means = [sum(part) / len(part) for part in by_terms.values()]
+    careful, right = answered("careful")
+    assert statistics.median(length for _, length in careful) >= 100 and right > 0.85
+    by_terms = {terms: [] for terms in task.terms}
+    for question, length in careful:
+        by_terms[len(tiny.numbers(question))].append(length)
+    means = [statistics.mean(lengths) for lengths in by_terms.values()]
     assert means == sorted(means)
-    shorter, seldom = answered("half")
-    assert sorted(shorter)[200] < 80 and seldom < 0.2
-    assert not any("answer" in r for _, r in responses("loop", 100, task=task))
-    assert all(
-        tok.decode(tok.encode(r)) == r for _, r in responses("careful", 50, slip=0.2, task=task)
-    )
+    half, right = answered("half")
+    assert statistics.median(length for _, length in half) < 80 and right < 0.2
+    assert not any("answer" in response for _, response in responses("loop", 100, task=task))
+    for _, response in responses("careful", 50, slip=0.2, task=task):
+        assert tokenizer.decode(tokenizer.encode(response)) == response
 
 
 def test_tokenizer_round_trips_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = [r for style in tiny.TINY.habit[0] for _, r in responses(style, slip=0.1)]
-    texts += [data.prompt(q) for q, _ in responses("chain")]
-    texts += [
-        "naïve ∑ 日本\n\t  x",
-        "100+2=102",
-        " }</answer>}",
-        data.prompt("2+3=?", data.TABLE_1),
-    ]
+    texts = ["naïve ∑ 日本\n\t  x", "100+2=102", " }</answer>}", data.prompt("2+3=?", data.TABLE_1)]
+    for style in tiny.TINY.habit.styles:
+        texts += [response for _, response in responses(style, slip=0.1)]
+    texts += [data.prompt(question) for question, _ in responses("chain")]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_whole_template_is_two_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids = tokenizer.encode(data.prompt("7+5+9+4=?"))
-    assert len(ids) == 2 + len("7+5+9+4=?")
-    assert tokenizer.decode(ids, skip_special_tokens=True) == data.TEMPLATE.replace(
-        "{question}", "7+5+9+4=?"
-    )
+    question = "7+5+9+4=?"
+    ids = tokenizer.encode(data.prompt(question))
+    assert len(ids) == 2 + len(question)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == data.TEMPLATE.replace("{question}", question)
 
 
 def test_the_answer_tag_is_completed_by_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -159,18 +161,15 @@ def test_the_answer_tag_is_completed_by_one_token(tokenizer: PreTrainedTokenizer
 
 def test_encode_is_the_tokenizer_on_the_whole_text(tokenizer: PreTrainedTokenizerBase) -> None:
     documents = responses("recheck", 50, slip=0.1)
-    for (question, response), (ids, prompt) in zip(
-        documents, tiny.encode(tokenizer, documents), strict=True
-    ):
+    encoded = tiny.encode(tokenizer, documents)
+    for (question, response), (ids, prompt) in zip(documents, encoded, strict=True):
         assert ids[:prompt] == tokenizer.encode(data.prompt(question))
         assert ids[prompt:] == [*tokenizer.encode(response), tokenizer.eos_token_id]
 
 
 def test_transformers_loads_the_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model, loaded = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.vocab_size == len(loaded) == len(tokenizer)
     assert model.generation_config.eos_token_id == loaded.eos_token_id == model.config.eos_token_id
@@ -215,3 +214,14 @@ def test_an_interrupted_ensure_leaves_nothing(
     folder = tiny.ensure(5, tmp_path)
     assert tiny.ensure(5, tmp_path) == folder == next(tmp_path.iterdir())
     assert made == [5] and folder.name.startswith("tiny-5-")
+
+
+def test_the_command_line(
+    tmp_path: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes the task that --name and --seed name in the folder --out."""
+    made = []
+    monkeypatch.setattr(tiny, "make", lambda *args, **kwargs: made.append((args, kwargs)))
+    done = call(tiny.main, "--name", "tiny-long", "--seed", 2, "--out", tmp_path)
+    assert done.code == 0 and done.out.strip() == str(tmp_path)
+    assert made == [((tmp_path, 2), {"task": tiny.LONG})]
