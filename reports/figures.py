@@ -1,157 +1,270 @@
-"""The paper's figures, from any run or set of runs, as PNG and SVG that can be read in grey, and a table of the runs.
+"""Draw the paper's figures of one run or several runs as PNG files, and print a table of the runs.
 
-python -m reports.figures runs/NAME             reward_length (Fig. 2), format (4), heldout (5), reflection (6), health
-python -m reports.figures runs/one-* runs/two-* the same of each, and comparison (as Fig. 7): runs that differ in seed are one arm
+    python -m reports.figures runs/NAME               figures of one run, into its folder
+    python -m reports.figures runs/one-* runs/two-*   the same of each, and a comparison (Fig. 7)
+
+Figures of a run: reward_length (Fig. 2), format (Fig. 4), heldout (Fig. 5), reflection (Fig. 6) and
+health (critic, policy and sampler). In the comparison, runs that differ only in the seed form one
+arm. Lines also differ in dash and marker, so that the figures can be read in gray.
 """
 
-import argparse
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-Record = dict[str, float]
+import tyro
+
+from curation.files import read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = dict[str, float]  # "step" and what was measured then
 Arms = dict[str, list[list[Record]]]  # label → the records of each run
-Row = tuple[str, float, float, float]  # label, mean, low, high
-REWARD, LENGTH = ("reward", "reward"), ("length", "response length [tokens]")
-FIGURES = (  # file, title, panels: (label of the axis, its limits, curves: (metric, label))
-    ("reward_length", "Reward and response length (as Fig. 2)", (
-        ("reward", (0, 1.02), (("reward", "training problems"),)), (LENGTH[1], (0, None), (("length", ""),)))),
-    ("format", "Format ratio (as Fig. 4)", (("share in the format", (0, 1.02), (("format", ""),)),)),
-    ("reflection", "Reflection (as Fig. 6)", (
-        ("share that reflects", (0, None), (("reflection", ""),)),
-        (LENGTH[1], (0, None), (("length", "all responses"), ("correct_reflection_length", "correct ones that reflect"))))),
-    ("health", "Critic, policy and sampler", (
-        ("explained variance, ≥ −1", (-1, 1), (("explained_variance", ""),)),
-        ("entropy [nats/token]", (0, None), (("entropy", ""),)), ("|Δ log-prob| [nats]", (0, None), (("logp_gap", ""),)))),
-)  # fmt: skip
-ASIDE = """seed name run runs overwrite resume versions machine revision grader_workers eval_every micro_tokens rows
-    threads vllm_memory max_logp_gap keep_rollouts activation_checkpointing compile offload replicas tensor_parallel plan
-    gpus gpu_memory timeout_minutes checkpoint_every keep_checkpoints save_rollouts""".split()  # what is learned is the same
-ARMS = (("#000000", "-", "o", 2.2), ("#1f4e9c", "--", "s", 1.4), ("#b5491c", ":", "^", 1.6), ("#2f968a", "-.", "D", 1.4),
-        ("#d9a032", (0, (3, 1)), "v", 1.4), ("#9cc3e6", "-", "X", 1.4))  # fmt: skip  # colour, dash, marker, width
-RUN = (("#1f4e9c", "-", "", 1.6), ("#d9822b", (0, (4, 1.5)), "", 1.6), ("#1f4e9c", "-", "o", 1.6))
+
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    color: str
+    dash: str | tuple
+    marker: str
+    width: float
+
+
+class Panel(NamedTuple):
+    """One panel of a run's figure: the label and limits of its y axis, and its curves."""
+
+    label: str
+    limits: tuple[float | None, float | None]
+    curves: tuple[tuple[str, str], ...]  # (metric, label in the legend)
+
+
+class Point(NamedTuple):
+    """A metric at a step: its mean over runs and its `band`."""
+
+    step: float
+    mean: float
+    low: float
+    high: float
+
+
+class Curve(NamedTuple):
+    """One line of a panel."""
+
+    points: list[Point]
+    label: str
+    style: Style
+
+
+Draw = Callable[["Axes"], None]  # draws one panel
+Row = tuple[str, float, float, float]  # a line of a forest plot: label, mean, low, high
+
+SHARE = (0, 1.02)
+FROM_ZERO = (0, None)
+REWARD = ("reward", "reward")  # metric, label of its axis
+LENGTH = ("length", "response length [tokens]")
+FIGURES = {  # file name → title, panels
+    "reward_length": (
+        "Reward and response length (as Fig. 2)",
+        (
+            Panel("reward", SHARE, (("reward", "training problems"),)),
+            Panel(LENGTH[1], FROM_ZERO, (("length", ""),)),
+        ),
+    ),
+    "format": (
+        "Format ratio (as Fig. 4)",
+        (Panel("share in the format", SHARE, (("format", ""),)),),
+    ),
+    "reflection": (
+        "Reflection (as Fig. 6)",
+        (
+            Panel("share that reflects", FROM_ZERO, (("reflection", ""),)),
+            Panel(
+                LENGTH[1],
+                FROM_ZERO,
+                (
+                    ("length", "all responses"),
+                    ("correct_reflection_length", "correct ones that reflect"),
+                ),
+            ),
+        ),
+    ),
+    "health": (
+        "Critic, policy and sampler",
+        (
+            Panel("explained variance, ≥ −1", (-1, 1), (("explained_variance", ""),)),
+            Panel("entropy [nats/token]", FROM_ZERO, (("entropy", ""),)),
+            Panel("|Δ log-prob| [nats]", FROM_ZERO, (("logp_gap", ""),)),
+        ),
+    ),
+}
+# Settings that do not change what a run learns: runs that differ only in these are one arm.
+ASIDE = """seed name runs overwrite resume versions machine revision grader_workers eval_every
+    micro_tokens max_num_seqs threads vllm_memory max_logp_gap keep_rollouts
+    activation_checkpointing compile offload replicas tensor_parallel plan gpus gpu_memory
+    timeout_minutes checkpoint_every keep_checkpoints save_rollouts""".split()
+ARM_STYLES = (
+    Style("#000000", "-", "o", 2.2),
+    Style("#1f4e9c", "--", "s", 1.4),
+    Style("#b5491c", ":", "^", 1.6),
+    Style("#2f968a", "-.", "D", 1.4),
+    Style("#d9a032", (0, (3, 1)), "v", 1.4),
+    Style("#9cc3e6", "-", "X", 1.4),
+)
+RUN_STYLES = (Style("#1f4e9c", "-", "", 1.6), Style("#d9822b", (0, (4, 1.5)), "", 1.6))
+HELDOUT_STYLES = (Style("#1f4e9c", "-", "o", 1.6),)
 LOOK = {
-    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8.5, "legend.title_fontsize": 8, "legend.loc": "upper center", "legend.handlelength": 3.2,
-    "legend.frameon": False, "figure.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "lines.markersize": 4, "text.parse_math": False,
-    "savefig.dpi": 160, "savefig.bbox": "tight", "svg.fonttype": "none", "svg.hashsalt": "report",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8,
+    "legend.loc": "upper center",
+    "legend.handlelength": 3.2,
+    "legend.frameon": False,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.markersize": 4,
+    "text.parse_math": False,  # a run's name may hold a $
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+}
+# 97.5 % quantiles of Student's t with 1 to 10 degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def read(path: Path) -> list[Record]:
-    """The records of metrics.jsonl or evaluations.jsonl; none where there is no such file. A last line that is cut off, as
-    while a run goes on, is left out, and stderr says so; any other line that is no JSON is a ValueError."""
-    lines, records = path.read_text().splitlines() if path.is_file() else [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is no JSON: {line!r:.60}") from None
-            print(
-                f"{path}: line {number}, the last, is cut off and left out; is the run still going?",
-                file=sys.stderr,
-            )
-    return records
+# ── numbers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, low and high: the 95 % t-interval of the mean of two or more values, mean ± t·s/√n.
+
+    >>> [round(x, 3) for x in t_interval([0.1, 0.2, 0.3])]
+    [0.2, -0.048, 0.448]
+    """
+    freedom = len(values) - 1
+    if freedom <= len(T_QUANTILES):
+        t = T_QUANTILES[freedom - 1]
+    else:  # the Cornish–Fisher expansion, within 0.1 %
+        t = 1.96 + 2.372 / freedom + 2.822 / freedom**2
+    mean = fmean(values)
+    half = t * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def band(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, low and high of a quantity over runs. From three runs on low and high are the 95 % t-interval of the mean,
-    mean ± t·s/√n; of two the smaller and the larger; of one the value itself."""
-    n, m = len(values), fmean(values)
-    if n < 3:
-        return m, min(values), max(values)
-    few = (
-        4.303,
-        3.182,
-        2.776,
-        2.571,
-        2.447,
-        2.365,
-        2.306,
-        2.262,
-        2.228,
-    )  # t of 2 to 10 degrees of freedom
-    t = (
-        few[n - 3] if n < 12 else 1.96 + 2.372 / (n - 1) + 2.822 / (n - 1) ** 2
-    )  # Cornish–Fisher, within 0.1 %
-    half = t * stdev(values) / math.sqrt(n)
-    return m, m - half, m + half
+    """Mean, low and high of a quantity over runs: the `t_interval` from three runs on, the smaller
+    and the larger value of two, the value itself of one."""
+    if len(values) < 3:
+        return fmean(values), min(values), max(values)
+    return t_interval(values)
 
 
-def curve(
-    seeds: Sequence[Sequence[Record]], metric: str
-) -> list[tuple[float, float, float, float]]:
-    """Step and `band` of a metric. Where one of the runs has no value there is a gap (NaN), not the mean of the others: it
-    would jump where a run ends."""
-    runs = [{r["step"]: r[metric] for r in records if metric in r} for records in seeds]
-    steps = sorted({r["step"] for records in seeds for r in records})
-    return [
-        (s, *(band([run[s] for run in runs]) if all(s in run for run in runs) else [math.nan] * 3))
-        for s in steps
-    ]
+def curve(runs: Sequence[Sequence[Record]], metric: str) -> list[Point]:
+    """A metric at every step, over the runs of an arm.
+
+    A step at which one of the runs has no value is a gap (NaN): a mean over the other runs would
+    jump where a run ends.
+    """
+    values = [{r["step"]: r[metric] for r in records if metric in r} for records in runs]
+    points = []
+    for step in sorted({r["step"] for records in runs for r in records}):
+        if all(step in of_run for of_run in values):
+            points.append(Point(step, *band([of_run[step] for of_run in values])))
+        else:
+            points.append(Point(step, math.nan, math.nan, math.nan))
+    return points
 
 
 def group(folders: Sequence[Path]) -> dict[str, list[Path]]:
-    """Runs by arm: those whose settings are equal save for ASIDE, named by the settings in which arms differ ("lam 0.95").
-    What an older run does not know is off. ValueError for a seed twice in an arm: it would narrow the band."""
-    configs, arms = {f: json.loads((f / "config.json").read_text()) for f in folders}, {}
-    kept = {
-        f: {k: str(v) for k, v in config.items() if v and k not in ASIDE}
-        for f, config in configs.items()
-    }
-    names = [
-        n
-        for n in dict.fromkeys(n for s in kept.values() for n in s)
-        if len({s.get(n) for s in kept.values()}) > 1
+    """Runs by arm: those whose settings are equal except for ASIDE are one arm.
+
+    An arm is named by the settings in which the arms differ ("lam 0.95"). A setting that the config
+    of a run does not have is off. Raises ValueError if an arm has a seed twice: counting one run as
+    two would narrow the band.
+    """
+    configs = {folder: json.loads((folder / "config.json").read_text()) for folder in folders}
+    settings = {folder: learning_settings(config) for folder, config in configs.items()}
+    known = dict.fromkeys(name for of_run in settings.values() for name in of_run)
+    differing = [
+        name for name in known if len({of_run.get(name) for of_run in settings.values()}) > 1
     ]
-    for f in folders:
-        arms.setdefault(
-            ", ".join(f"{n} {kept[f].get(n, 'off')}" for n in names) or "same settings", []
-        ).append(f)
+    arms: dict[str, list[Path]] = {}
+    for folder in folders:
+        parts = [f"{name} {settings[folder].get(name, 'off')}" for name in differing]
+        arms.setdefault(", ".join(parts) or "same settings", []).append(folder)
     for arm in arms.values():
-        if len({configs[f]["seed"] for f in arm}) < len(arm):
-            raise ValueError(
-                f"{', '.join(map(str, arm))}: two have the same settings and seed; name only one of them"
-            )
+        if len({configs[folder]["seed"] for folder in arm}) < len(arm):
+            names = ", ".join(map(str, arm))
+            raise ValueError(f"{names}: two have the same settings and seed; name only one of them")
     return arms
 
 
+def learning_settings(config: dict) -> dict[str, str]:
+    """The settings of a run's config.json that decide what it learns and are not off."""
+    return {name: str(value) for name, value in config.items() if value and name not in ASIDE}
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────
+
+
 def figures(folder: Path) -> list[Path]:
-    """Draw FIGURES from `folder`/metrics.jsonl, and held-out accuracy where evaluations.jsonl has several sets or more than
-    a first and a last record; returns the files. A panel of which a run has no value is left out (GRPO has no critic)."""
-    records, held_out = read(folder / "metrics.jsonl"), read(folder / "evaluations.jsonl")
+    """Draw the figures of a run into its folder; returns the files.
+
+    They are FIGURES, from metrics.jsonl, and held-out accuracy, from evaluations.jsonl if it has
+    several sets or more than a first and a last record. Raises ValueError if no step is recorded.
+    """
+    records = load_records(folder / "metrics.jsonl")
+    evaluations = load_records(folder / "evaluations.jsonl")
     if not records:
         raise ValueError(f"{folder / 'metrics.jsonl'}: no such file, or no whole step in it yet")
-    sets = dict.fromkeys(name for e in held_out for name in e if name.startswith("reward/"))
-    accuracy = [
-        (f"accuracy, {m.partition('/')[2] or 'all problems'}", (0, None), [(m, "")])
-        for m in [*sets, "reward"]
-    ]
-    drawn = [(records, RUN, *figure) for figure in FIGURES]
-    drawn += [(held_out, RUN[2:], "heldout", "Held-out accuracy (as Fig. 5)", accuracy)] * (
-        bool(sets) or len(held_out) > 2
-    )
     written = []
-    for rows, looks, name, title, contents in drawn:
-        panels = []
-        for ylabel, limits, metrics in contents:
-            lines = [
-                (curve([rows], m), label, look)
-                for (m, label), look in zip(metrics, looks, strict=False)
-            ]
-            if any(m in r for m, _ in metrics for r in rows):
-                panels.append(
-                    (_curves, ylabel, lines, limits, held_out if ylabel == "reward" else ())
-                )
-        written += _draw(folder / name, f"{title}: {folder.name}", panels) if panels else []
+    for name, (title, panels) in FIGURES.items():
+        draws = _draws(panels, records, RUN_STYLES, evaluations)
+        if draws:
+            written.append(_save(folder / f"{name}.png", f"{title}: {folder.name}", draws))
+    panels = heldout_panels(evaluations)
+    if panels:
+        draws = _draws(panels, evaluations, HELDOUT_STYLES)
+        title = f"Held-out accuracy (as Fig. 5): {folder.name}"
+        written.append(_save(folder / "heldout.png", title, draws))
     return written
+
+
+def load_records(path: Path) -> list[Record]:
+    """The records of metrics.jsonl or evaluations.jsonl, see `read_jsonl`."""
+    return [line.value for line in read_jsonl(path, warn=True)]
+
+
+def heldout_panels(evaluations: Sequence[Record]) -> list[Panel]:
+    """A panel for the accuracy on each held-out set and one for all problems; none if there is only
+    one set and only a first and a last evaluation."""
+    metrics = dict.fromkeys(
+        name for record in evaluations for name in record if name.startswith("reward/")
+    )
+    if not metrics and len(evaluations) <= 2:
+        return []
+    panels = []
+    for metric in [*metrics, "reward"]:
+        problems = metric.partition("/")[2] or "all problems"
+        panels.append(Panel(f"accuracy, {problems}", FROM_ZERO, ((metric, ""),)))
+    return panels
 
 
 def compare(
@@ -160,208 +273,297 @@ def compare(
     title: str,
     metrics: Sequence[tuple[str, str]] = (REWARD, LENGTH),
     held_out: Arms | None = None,
-) -> list[Path]:
-    """One panel a metric, one line an arm: the mean over its runs, not smoothed, and their `band` (Figs. 7 to 9, 11 to 14).
+) -> Path:
+    """Compare arms in one figure, as Figs. 7 to 9 and 11 to 14 do; returns the PNG file `out`.
 
-    A record has "step" and what was measured then; the first arm is the reference. `metrics`: (name, label of the axis).
-    `held_out`: evaluations; one more panel has "reward" of the last step at which all runs of an arm were evaluated. Writes
-    `out`.png and .svg. ValueError for more arms than can be told apart, one without runs, and a metric that no run has."""
-    n = [len(seeds) for seeds in arms.values()]
-    if not 0 < len(n) <= len(ARMS) or not all(n):
-        raise ValueError(f"{len(n)} arms of {n} runs: expected 1 to {len(ARMS)} arms, none empty")
-    known = {name for seeds in arms.values() for records in seeds for r in records for name in r}
-    if missing := [name for name, _ in metrics if name not in known]:
-        raise ValueError(f"metric {missing[0]} is in no run; there are {', '.join(sorted(known))}")
-    names = [f"{label} (n={k})" if max(n) > 1 else label for label, k in zip(arms, n, strict=True)]
-    lines = [[curve(seeds, metric) for seeds in arms.values()] for metric, _ in metrics]
-    panels = [
-        (_curves, y, [*zip(each, names, ARMS, strict=False)])
-        for (_, y), each in zip(metrics, lines, strict=True)
-    ]
-    if shows := held_out and any(map(any, held_out.values())):
-        panels.append((_last, [held_out.get(label, []) for label in arms]))
-    bands = " or ".join(["its 95 % t-interval"] * (max(n) > 2) + ["min–max where n=2"] * (2 in n))
-    return _draw(
-        out,
-        title,
-        panels,
-        bands and f"mean over n seeds, and {bands}{'; hollow: each seed' if shows else ''}",
-    )
-
-
-def intervals(
-    rows: Sequence[Row], out: Path, title: str, xlabel: str, margin: float = 0.0
-) -> list[Path]:
-    """A forest plot: a line a row, from the top, against 0 and, with a margin, the shaded range ±margin in which differences
-    do not matter. Writes `out`.png and .svg; returns both."""
-    if wrong := [row for row in rows if not row[2] <= row[1] <= row[3]]:
-        raise ValueError(f"row {wrong[0]}: expected label, mean, low, high with low ≤ mean ≤ high")
-    return _draw(out, title, [(_forest, rows, xlabel, margin)], size=(6.8, 0.8 + 0.28 * len(rows)))
+    One panel for each of `metrics` (metric, label of its axis), one line for each arm: the mean
+    over its runs, not smoothed, and their `band`. The first arm is the reference. `held_out` holds
+    the evaluations of the arms; one more panel shows their "reward" at the last step at which all
+    runs of an arm were evaluated. Raises ValueError for more arms than can be told apart, an arm
+    without runs, and a metric that no run has.
+    """
+    counts = [len(runs) for runs in arms.values()]
+    if not 0 < len(counts) <= len(ARM_STYLES) or not all(counts):
+        raise ValueError(
+            f"{len(counts)} arms of {counts} runs: expected 1 to {len(ARM_STYLES)} arms, none empty"
+        )
+    known = {name for runs in arms.values() for records in runs for r in records for name in r}
+    for metric, _ in metrics:
+        if metric not in known:
+            raise ValueError(f"metric {metric} is in no run; there are {', '.join(sorted(known))}")
+    labels = list(arms)
+    if max(counts) > 1:
+        labels = [f"{label} (n={n})" for label, n in zip(arms, counts, strict=True)]
+    draws: list[Draw] = []
+    for metric, axis_label in metrics:
+        curves = [
+            Curve(curve(runs, metric), label, style)
+            for runs, label, style in zip(arms.values(), labels, ARM_STYLES, strict=False)
+        ]
+        draws.append(partial(_draw_curves, label=axis_label, curves=curves))
+    evaluated = held_out is not None and any(map(any, held_out.values()))
+    if evaluated:
+        draws.append(partial(_draw_last, arms=[held_out.get(label, []) for label in arms]))
+    return _save(out, title, draws, _caption(counts, evaluated))
 
 
-def _curves(
-    axis: Any, ylabel: str, lines: list, limits: tuple = (None, None), points: Sequence[Record] = ()
+def intervals(rows: Sequence[Row], out: Path, title: str, xlabel: str, margin: float = 0.0) -> Path:
+    """A forest plot, one line for each of `rows` from the top; returns the PNG file `out`.
+
+    The differences stand against 0 and, with a margin, against the shaded range ±margin in which
+    they do not matter. Raises ValueError unless low ≤ mean ≤ high in each row.
+    """
+    for row in rows:
+        _, mean, low, high = row
+        if not low <= mean <= high:
+            raise ValueError(f"row {row}: expected label, mean, low, high with low ≤ mean ≤ high")
+    draw = partial(_draw_forest, rows=rows, xlabel=xlabel, margin=margin)
+    return _save(out, title, [draw], size=(6.8, 0.8 + 0.28 * len(rows)))
+
+
+def _draws(
+    panels: Sequence[Panel],
+    records: Sequence[Record],
+    styles: Sequence[Style],
+    evaluations: Sequence[Record] = (),
+) -> list[Draw]:
+    """What draws the panels of a run, without those of which it has no metric (GRPO: no critic)."""
+    draws: list[Draw] = []
+    for panel in panels:
+        if not any(metric in record for metric, _ in panel.curves for record in records):
+            continue
+        curves = [
+            Curve(curve([records], metric), label, style)
+            for (metric, label), style in zip(panel.curves, styles, strict=False)
+        ]
+        points = evaluations if panel.label == "reward" else ()
+        draws.append(
+            partial(
+                _draw_curves,
+                label=panel.label,
+                limits=panel.limits,
+                curves=curves,
+                evaluations=points,
+            )
+        )
+    return draws
+
+
+def _caption(counts: Sequence[int], evaluated: bool) -> str:
+    """What the lines and bands of a comparison are; nothing for one run an arm."""
+    bands = []
+    if max(counts) > 2:
+        bands.append("its 95 % t-interval")
+    if 2 in counts:
+        bands.append("min–max where n=2")
+    if not bands:
+        return ""
+    hollow = "; hollow: each seed" if evaluated else ""
+    return f"mean over n seeds, and {' or '.join(bands)}{hollow}"
+
+
+def _draw_curves(
+    axes: "Axes",
+    label: str,
+    curves: Sequence[Curve],
+    limits: tuple[float | None, float | None] = (None, None),
+    evaluations: Sequence[Record] = (),
 ) -> None:
-    for i, (rows, label, (color, dash, marker, width)) in enumerate(lines):
-        x, y, low, high = zip(*rows, strict=True)
-        every = max(1, len(x) // 6) if len(lines) > 1 else 1
-        axis.plot(
-            x,
-            y,
-            label=label,
-            color=color,
-            ls=dash,
-            lw=width,
-            marker=marker,
+    """Lines over the steps with their bands, and a dot for each evaluation's reward."""
+    for i, (points, name, style) in enumerate(curves):
+        steps = [point.step for point in points]
+        means = [point.mean for point in points]
+        every = max(1, len(steps) // 6) if len(curves) > 1 else 1
+        axes.plot(
+            steps,
+            means,
+            label=name,
+            color=style.color,
+            linestyle=style.dash,
+            linewidth=style.width,
+            marker=style.marker,
             markevery=(i * every // 6, every),
         )
-        alone = [
-            j
-            for j in range(len(y))
-            if all(map(math.isnan, y[max(0, j - 1) : j] + y[j + 1 : j + 2]))
-        ]
-        axis.plot(
-            x, y, marker or "o", color=color, markevery=alone
-        )  # a line of one point would not be seen
-        if low != high:
-            axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    if points:
-        axis.plot(
-            [e["step"] for e in points],
-            [e["reward"] for e in points],
-            "ko",
-            label="held-out problems",
+        # a line through a single point would not be seen
+        axes.plot(
+            steps,
+            means,
+            style.marker or "o",
+            color=style.color,
+            markevery=_without_neighbor(means),
         )
-    axis.set(xlabel="step", ylabel=ylabel, ylim=limits)
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        low = [point.low for point in points]
+        high = [point.high for point in points]
+        if any(point.low < point.high for point in points):
+            axes.fill_between(steps, low, high, color=style.color, alpha=0.15, linewidth=0)
+    if evaluations:
+        steps = [record["step"] for record in evaluations]
+        rewards = [record["reward"] for record in evaluations]
+        axes.plot(steps, rewards, "ko", label="held-out problems")
+    axes.set(xlabel="step", ylabel=label, ylim=limits)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def _last(axis: Any, arms: list[list[list[Record]]]) -> None:
-    ticks = ["–"] * len(arms)
-    for i, (seeds, (color, _, marker, _)) in enumerate(zip(arms, ARMS, strict=False)):
-        for s, m, low, high in [row for row in curve(seeds, "reward") if not math.isnan(row[1])][
-            -1:
-        ]:
-            ticks[i] = f"{s:g}"
-            axis.errorbar(
-                i,
-                m,
-                [[m - low], [high - m]],
-                color=color,
-                marker=marker,
-                markersize=6,
-                capsize=3 * (low < high),
-            )
-            each = [e["reward"] for records in seeds for e in records if e["step"] == s]
-            axis.plot(
-                [i + 0.22] * len(each),
-                each,
-                marker if len(each) > 1 else "",
-                color=color,
-                fillstyle="none",
-            )
-    axis.set_xticks(range(len(arms)), ticks)
-    axis.set(
-        ylabel="held-out accuracy", xlabel="arm, evaluated after step", xlim=(-0.6, len(arms) - 0.4)
-    )
+def _without_neighbor(values: Sequence[float]) -> list[int]:
+    """The indices whose neighbors are gaps (NaN) or missing."""
+    found = []
+    for i in range(len(values)):
+        neighbors = [*values[max(0, i - 1) : i], *values[i + 1 : i + 2]]
+        if all(math.isnan(value) for value in neighbors):
+            found.append(i)
+    return found
 
 
-def _forest(axis: Any, rows: Sequence[Row], xlabel: str, margin: float) -> None:
-    axis.axvspan(
-        -margin, margin, color="#e4e4e4", linewidth=0, label=f"margin ±{margin:g}" if margin else ""
-    )
-    axis.axvline(0, color="black", linewidth=0.8)
-    for i, (_, m, low, high) in enumerate(rows):
-        axis.errorbar(m, i, xerr=[[m - low], [high - m]], color="#1f4e9c", marker="s", capsize=3)
-        said = f"{m:+.3g} [{low:+.3g}, {high:+.3g}]".replace("-", "−")
-        axis.text(1.03, i, said, transform=axis.get_yaxis_transform(), va="center", size=8)
-    axis.set_yticks(range(len(rows)), [textwrap.fill(row[0], 36) for row in rows])
-    axis.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-    axis.locator_params(axis="x", nbins=6)
+def _draw_last(axes: "Axes", arms: Sequence[list[list[Record]]]) -> None:
+    """Held-out accuracy of each arm at its last common evaluation, and of its runs beside it."""
+    ticks = []
+    for i, (runs, style) in enumerate(zip(arms, ARM_STYLES, strict=False)):
+        evaluated = [point for point in curve(runs, "reward") if not math.isnan(point.mean)]
+        if not evaluated:
+            ticks.append("–")
+            continue
+        last = evaluated[-1]
+        ticks.append(f"{last.step:g}")
+        axes.errorbar(
+            i,
+            last.mean,
+            [[last.mean - last.low], [last.high - last.mean]],
+            color=style.color,
+            marker=style.marker,
+            markersize=6,
+            capsize=3 if last.low < last.high else 0,
+        )
+        rewards = [r["reward"] for records in runs for r in records if r["step"] == last.step]
+        axes.plot(
+            [i + 0.22] * len(rewards),
+            rewards,
+            style.marker if len(rewards) > 1 else "",
+            color=style.color,
+            fillstyle="none",
+        )
+    axes.set_xticks(range(len(arms)), ticks)
+    axes.set(ylabel="held-out accuracy", xlabel="arm, evaluated after step")
+    axes.set_xlim(-0.6, len(arms) - 0.4)
 
 
-def _draw(
-    out: Path, title: str, panels: Sequence[tuple], caption: str = "", size: tuple = ()
-) -> list[Path]:
-    import matplotlib  # here: it takes memory that a training run may want
+def _draw_forest(axes: "Axes", rows: Sequence[Row], xlabel: str, margin: float) -> None:
+    """One difference a row with its interval, and both as numbers on the right."""
+    name = f"margin ±{margin:g}" if margin else ""
+    axes.axvspan(-margin, margin, color="#e4e4e4", linewidth=0, label=name)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for i, (_, mean, low, high) in enumerate(rows):
+        error = [[mean - low], [high - mean]]
+        axes.errorbar(mean, i, xerr=error, color="#1f4e9c", marker="s", capsize=3)
+        numbers = f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]".replace("-", "−")
+        axes.text(1.03, i, numbers, transform=axes.get_yaxis_transform(), va="center", size=8)
+    axes.set_yticks(range(len(rows)), [textwrap.fill(label, 36) for label, *_ in rows])
+    axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    axes.locator_params(axis="x", nbins=6)
+
+
+def _save(
+    out: Path,
+    title: str,
+    draws: Sequence[Draw],
+    caption: str = "",
+    size: tuple[float, float] | None = None,
+) -> Path:
+    """Write a figure, one panel for each of `draws` and one legend below them; returns `out`."""
+    # Imported here because matplotlib takes memory that a training run may need.
+    import matplotlib
     from matplotlib.figure import Figure
 
-    columns = min(len(panels), 2 if len(panels) == 4 else 3)
-    rows = math.ceil(len(panels) / columns)
+    columns = 2 if len(draws) == 4 else min(len(draws), 3)
+    rows = math.ceil(len(draws) / columns)
+    if size is None:
+        size = (3.6 if columns == 1 else 7.2, 0.3 + 2.2 * rows)
     with matplotlib.rc_context(LOOK):
-        fig = Figure(size or (3.6 if columns == 1 else 7.2, 0.3 + 2.2 * rows), layout="constrained")
-        for i, (panel, *content) in enumerate(panels, 1):
-            panel(fig.add_subplot(rows, columns, i), *content)
-        fig.suptitle(title, x=0.01, ha="left")
-        named = {
-            label: handle
-            for a in fig.axes
-            for handle, label in zip(*a.get_legend_handles_labels(), strict=True)
-        }
-        if labels := [textwrap.fill(label, 96) for label in named]:
-            across = max(1, int(17 * fig.get_figwidth()) // (12 + max(map(len, labels))))
-            fig.legend(named.values(), labels, title=caption, bbox_to_anchor=(0.5, 0), ncols=across)
+        figure = Figure(size, layout="constrained")
+        for i, draw in enumerate(draws, 1):
+            draw(figure.add_subplot(rows, columns, i))
+        figure.suptitle(title, x=0.01, ha="left")
+        _add_legend(figure, caption)
         out.parent.mkdir(parents=True, exist_ok=True)
-        paths = [out.with_name(f"{out.name}.{kind}") for kind in ("png", "svg")]
-        for path in paths:
-            fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
+        figure.savefig(out)
+    return out
 
 
-def table(folders: list[Path]) -> str:
-    """One line a run: held-out metrics before and after training, and its seconds."""
-    lines = [
-        f"{'run':24s} {'accuracy':>16s} {'length':>14s} {'format':>16s} {'reflection':>16s} {'seconds':>8s}"
-    ]
+def _add_legend(figure: "Figure", caption: str) -> None:
+    """One legend for all panels, in as many columns as fit; none if nothing has a label."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+    if not handles:
+        return
+    labels = [textwrap.fill(label, 96) for label in handles]
+    characters = int(17 * figure.get_figwidth())
+    columns = max(1, characters // (12 + max(map(len, labels))))
+    figure.legend(handles.values(), labels, title=caption, bbox_to_anchor=(0.5, 0), ncols=columns)
+
+
+# ── the program ──────────────────────────────────────────────────────────────────────────────────
+
+
+def table(folders: Sequence[Path]) -> str:
+    """One row for each run: held-out metrics before and after training, and its seconds."""
+    columns = {"reward": ("accuracy", 16, ".3f"), "length": ("length", 14, ".1f")}
+    columns |= {name: (name, 16, ".3f") for name in ("format", "reflection")}
+    headings = [f"{heading:>{width}}" for heading, width, _ in columns.values()]
+    lines = [" ".join([f"{'run':24s}", *headings, " seconds"])]
     for folder in folders:
-        held_out, summary = (
-            read(folder / "evaluations.jsonl"),
-            json.loads((folder / "summary.json").read_text()),
-        )
-        shown = (("reward", 3, 16), ("length", 1, 14), ("format", 3, 16), ("reflection", 3, 16))
-        cells = [
-            f"{f'{held_out[0][k]:.{n}f} → {held_out[-1][k]:.{n}f}':>{width}}"
-            for k, n, width in shown
-        ]
-        lines.append(f"{folder.name:24s} {' '.join(cells)} {summary['seconds']:8.0f}")
+        evaluations = load_records(folder / "evaluations.jsonl")
+        before, after = evaluations[0], evaluations[-1]
+        seconds = json.loads((folder / "summary.json").read_text())["seconds"]
+        cells = [f"{folder.name:24s}"]
+        for metric, (_, width, form) in columns.items():
+            change = f"{before[metric]:{form}} → {after[metric]:{form}}"
+            cells.append(f"{change:>{width}}")
+        lines.append(" ".join([*cells, f"{seconds:8.0f}"]))
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="runs/NAME ...")]
+    """Run folders. Each has metrics.jsonl, and config.json if runs are compared."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder of the comparison. Default: the first run's."""
+
+
 def main() -> None:
-    """Draw the figures of each run named, compare them, and print the table of those that were evaluated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="run folders: metrics.jsonl, and config.json to compare"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the comparison; default: the first run's"
-    )
-    runs, out = vars(parser.parse_args()).values()
+    """Draw each run's figures, compare the runs, and print a table of those that were evaluated."""
+    options = tyro.cli(Options, description=__doc__, prog="python -m reports.figures")
+    folders = options.runs
+    if not folders:
+        sys.exit("reports.figures: expected at least one run folder, such as runs/NAME")
     try:
-        arms = group(runs) if len(runs) > 1 else {}  # refused before anything is drawn
-        for folder in runs:
+        arms = group(folders) if len(folders) > 1 else {}  # raises before anything is drawn
+        for folder in folders:
             print(folder, *(path.name for path in figures(folder)))
         if arms:
-            names = ("metrics.jsonl", "evaluations.jsonl")
-            records, held_out = (
-                {a: [read(f / name) for f in fs] for a, fs in arms.items()} for name in names
-            )
-            print(
-                *compare(
-                    records,
-                    (out or runs[0]) / "comparison",
-                    f"Comparison of {len(runs)} runs",
-                    held_out=held_out,
-                )
-            )
+            print(_compare_runs(arms, options.out or folders[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"reports.figures: {error}")
-    if evaluated := [
-        f for f in runs if read(f / "evaluations.jsonl") and (f / "summary.json").is_file()
-    ]:
+    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
+    evaluated = [folder for folder in finished if load_records(folder / "evaluations.jsonl")]
+    if evaluated:
         print(table(evaluated))
+
+
+def _compare_runs(arms: dict[str, list[Path]], out: Path) -> Path:
+    """Draw comparison.png in the folder `out`."""
+    records: Arms = {}
+    held_out: Arms = {}
+    for arm, folders in arms.items():
+        records[arm] = [load_records(folder / "metrics.jsonl") for folder in folders]
+        held_out[arm] = [load_records(folder / "evaluations.jsonl") for folder in folders]
+    count = sum(map(len, arms.values()))
+    return compare(
+        records, out / "comparison.png", f"Comparison of {count} runs", held_out=held_out
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""reports/figures.py: what is in the figures, counted by hand, and that the files are whole and come out the same."""
+"""reports/figures.py: its numbers against hand calculation, the texts in its figures, its files."""
 
+import doctest
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Ended
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from reports import figures
 
@@ -15,7 +19,7 @@ EVALUATIONS = [{"step": s, "reward": s / 10, "length": 9.0, **ALWAYS} for s in (
 
 
 def run(folder: Path, seed: int = 0, shift: float = 0.0, **settings: object) -> Path:
-    """A run folder such as log.RunLog leaves it, as far as the figures need it."""
+    """A run folder as reports.log.RunLog writes it, as far as the figures need it."""
     folder.mkdir()
     config = {
         "model": "tiny",
@@ -36,9 +40,30 @@ def write(path: Path, records: list[dict[str, float]]) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["reports/figures.py", *map(str, args)])
-    figures.main()
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """File name → all texts of the figure, filled whenever a figure is saved."""
+    found: dict[str, str] = {}
+    savefig = Figure.savefig
+
+    def save_and_note(figure: Figure, path: Path) -> None:
+        savefig(figure, path)
+        shown = [text for text in figure.findobj(Text) if text.get_visible()]
+        assert not any(text.get_parse_math() for text in shown if "$" in text.get_text())
+        found[path.name] = "\n".join(text.get_text().replace("\n", " ") for text in shown)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_note)
+    return found
+
+
+def is_png(path: Path) -> bool:
+    content = path.read_bytes()
+    return len(content) > 5000 and content.startswith(b"\x89PNG")
+
+
+def test_worked_examples() -> None:
+    assert doctest.testmod(figures).attempted > 0
+    assert doctest.testmod(figures).failed == 0
 
 
 def test_band_by_hand() -> None:
@@ -54,9 +79,15 @@ def test_band_by_hand() -> None:
 )
 def test_quantile_of_t(n: int, t: float) -> None:
     values = [float(i) for i in range(n)]
-    m, low, high = figures.band(values)
+    m, low, high = figures.t_interval(values)
+    assert (m, low, high) == figures.band(values)
     s = math.sqrt(sum((x - m) ** 2 for x in values) / (n - 1))
     assert (high - low) / 2 == pytest.approx(t * s / math.sqrt(n), rel=1.1e-3)
+
+
+def test_t_interval_of_two_values() -> None:
+    """1 and 3: s = √2, t of one degree of freedom = 12.7062, so ± 12.7062·√2/√2."""
+    assert figures.t_interval([1.0, 3.0]) == pytest.approx((2.0, -10.706, 14.706), abs=1e-3)
 
 
 def test_what_is_missing_is_a_gap() -> None:
@@ -87,51 +118,51 @@ def test_runs_are_grouped_by_what_decides_the_learning(tmp_path: Path) -> None:
         figures.group([a, a])
 
 
-def test_figures_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: dict[str, str]
+) -> None:
     folder = run(tmp_path / "a<b>$x$")  # names of files and sets are text, never markup
     written = figures.figures(folder)
-    assert [p.name for p in written] == [f"{n}.{k}" for n in ("reward_length", "format", "reflection", "health")
-                                         for k in ("png", "svg")]  # fmt: skip
-    assert all(p.stat().st_size > 5000 for p in written)
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written[::2])
-    svg = written[1].read_text()
-    assert (
-        "a&lt;b&gt;$x$" in svg and "response length [tokens]" in svg and "held-out problems" in svg
-    )  # text is text
-    assert "explained variance" not in written[-1].read_text()  # this run has no critic
-    assert "entropy" in written[-1].read_text()
+    names = [f"{name}.png" for name in ("reward_length", "format", "reflection", "health")]
+    assert [path.name for path in written] == names
+    assert all(map(is_png, written))
+    for shown in ("a<b>$x$", "response length [tokens]", "held-out problems"):
+        assert shown in texts["reward_length.png"]
+    assert "explained variance" not in texts["health.png"]  # this run has no critic
+    assert "entropy" in texts["health.png"]
 
-    monkeypatch.setattr(figures, "FIGURES", ())
+    monkeypatch.setattr(figures, "FIGURES", {})
     write(
         folder / "evaluations.jsonl",
         [e | {"reward/math500": 0.1, "reward/aime2024": 0.0} for e in EVALUATIONS],
     )
-    _, heldout = figures.figures(folder)
-    assert heldout.name == "heldout.svg"
-    assert all(
-        f"accuracy, {name}" in heldout.read_text()
-        for name in ("math500", "aime2024", "all problems")
-    )
+    (heldout,) = figures.figures(folder)
+    assert heldout.name == "heldout.png"
+    for name in ("math500", "aime2024", "all problems"):
+        assert f"accuracy, {name}" in texts["heldout.png"]
 
 
 def test_one_step_is_drawn(tmp_path: Path) -> None:
     folder = run(tmp_path / "a")
     write(folder / "metrics.jsonl", STEPS[:1])
     (folder / "evaluations.jsonl").unlink()
-    assert all(p.stat().st_size > 5000 for p in figures.figures(folder))
+    assert all(map(is_png, figures.figures(folder)))
 
 
 def test_the_command_compares_and_repeats_byte_for_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., Ended],
+    texts: dict[str, str],
 ) -> None:
-    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[1:2])
-    folders = [run(tmp_path / f"{seed}", seed, shift=seed / 50) for seed in range(3)] + [
-        run(tmp_path / "other", lam=0.95)
-    ]
-    command(monkeypatch, *folders, "--out", tmp_path / "out")
-    files = [*sorted((tmp_path / "out").iterdir()), *sorted(folders[0].glob("*.[ps][nv]g"))]
-    assert [f.name for f in files[:2]] == ["comparison.png", "comparison.svg"] and len(files) == 4
-    svg = files[1].read_text()
+    monkeypatch.setattr(figures, "FIGURES", {"format": figures.FIGURES["format"]})
+    folders = [run(tmp_path / f"{seed}", seed, shift=seed / 50) for seed in range(3)]
+    folders.append(run(tmp_path / "other", lam=0.95))
+    ended = call(figures.main, *folders, "--out", tmp_path / "out")
+    assert ended.code == 0
+    assert "0.000 → 0.800" in ended.out  # the table
+    files = [*(tmp_path / "out").iterdir(), *folders[0].glob("*.png")]
+    assert [file.name for file in files] == ["comparison.png", "format.png"]
     shown = (
         "lam 0.95 (n=1)",
         "lam 1.0 (n=3)",
@@ -140,53 +171,59 @@ def test_the_command_compares_and_repeats_byte_for_byte(
         "held-out accuracy",
         "evaluated after step",
     )
-    assert all(text in svg for text in shown)
-    assert "0.000 → 0.800" in capsys.readouterr().out  # the table
-    before = [f.read_bytes() for f in files]
-    command(monkeypatch, *folders, "--out", tmp_path / "out")
-    assert [f.read_bytes() for f in files] == before
+    assert all(text in texts["comparison.png"] for text in shown)
+    before = [file.read_bytes() for file in files]
+    assert call(figures.main, *folders, "--out", tmp_path / "out").code == 0
+    assert [file.read_bytes() for file in files] == before
 
 
-def test_compare_takes_records_of_any_trainer(tmp_path: Path) -> None:
+def test_compare_takes_records_of_any_trainer(tmp_path: Path, texts: dict[str, str]) -> None:
     records = [{"step": s, "reward": s / 10} | ({"kl": 0.1} if s % 3 else {}) for s in range(9)]
     arms = {f"arm {i}": [records] for i in range(6)}
-    png, svg = figures.compare(
-        arms, tmp_path / "new" / "six", "Six", [("reward", "reward"), ("kl", "KL [nats]")]
-    )
-    assert (png.name, svg.name) == ("six.png", "six.svg")
-    assert (
-        "KL [nats]" in svg.read_text() and "(n=1)" not in svg.read_text()
-    )  # one run each has no band to explain
+    out = tmp_path / "new" / "six.png"
+    metrics = [("reward", "reward"), ("kl", "KL [nats]")]
+    assert figures.compare(arms, out, "Six", metrics) == out and is_png(out)
+    assert "KL [nats]" in texts["six.png"]
+    assert "(n=1)" not in texts["six.png"]  # a single run for each arm has no band to explain
     with pytest.raises(ValueError, match="7 arms"):
-        figures.compare(arms | {"arm 7": arms["arm 0"]}, tmp_path / "x", "Seven")
+        figures.compare(arms | {"arm 7": arms["arm 0"]}, tmp_path / "x.png", "Seven")
     with pytest.raises(ValueError, match="none empty"):
-        figures.compare({"a": []}, tmp_path / "x", "None")
+        figures.compare({"a": []}, tmp_path / "x.png", "None")
     with pytest.raises(ValueError, match="metric length is in no run; there are kl, reward, step"):
-        figures.compare(arms, tmp_path / "x", "Missing")
+        figures.compare(arms, tmp_path / "x.png", "Missing")
 
 
-def test_intervals(tmp_path: Path) -> None:
+def test_intervals(tmp_path: Path, texts: dict[str, str]) -> None:
     rows = [("λ = 0.95", -0.02, -0.05, 0.01), ("γ = 0.99", 0.1, 0.08, 0.12)]
-    _, svg = figures.intervals(rows, tmp_path / "forest", "Differences", "difference", margin=0.03)
-    assert all(
-        text in svg.read_text() for text in ("λ = 0.95", "−0.02 [−0.05, +0.01]", "margin ±0.03")
-    )
+    out = tmp_path / "forest.png"
+    assert figures.intervals(rows, out, "Differences", "difference", margin=0.03) == out
+    for shown in ("λ = 0.95", "−0.02 [−0.05, +0.01]", "margin ±0.03"):
+        assert shown in texts["forest.png"]
     with pytest.raises(ValueError, match=r"'b', 1, 2, 3.*low ≤ mean ≤ high"):
-        figures.intervals([("b", 1, 2, 3)], tmp_path / "forest", "", "")
+        figures.intervals([("b", 1, 2, 3)], out, "", "")
 
 
 def test_lines_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 0}\n{"step": 1, "rew')
-    assert figures.read(file) == [{"step": 0}]
+    assert figures.load_records(file) == [{"step": 0}]
     assert "line 2, the last, is cut off and left out" in capsys.readouterr().err
     file.write_text('{"step": 0}\noops\n{"step": 1}\n')
-    with pytest.raises(ValueError, match="line 2 is no JSON: 'oops'"):
-        figures.read(file)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2: not JSON"):
+        figures.load_records(file)
 
 
-def test_folders_that_are_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"metrics\.jsonl: no such file, or no whole step"):
-        command(monkeypatch, tmp_path)
-    with pytest.raises(SystemExit, match=r"No such file.*config\.json"):
-        command(monkeypatch, run(tmp_path / "a"), tmp_path)
+def test_folders_that_are_no_runs(tmp_path: Path, call: Callable[..., Ended]) -> None:
+    def message(*words: object) -> str:
+        ended = call(figures.main, *words)
+        assert ended.code == 1
+        return ended.err
+
+    assert message().startswith("reports.figures: expected at least one run folder")
+    assert "metrics.jsonl: no such file, or no whole step" in message(tmp_path)
+    refused = message(run(tmp_path / "a"), tmp_path)
+    assert "No such file" in refused and "config.json" in refused
+
+
+def test_help_opens_with_what_the_program_does(call: Callable[..., Ended]) -> None:
+    assert "Draw the paper's figures" in call(figures.main, "--help").out
