@@ -1,6 +1,9 @@
-# make demo    the recipe on the tiny model: makes the environment, the base model, trains, draws
-# make test    the tests, two at a time                            make lint    ruff
-# make test-slow   fifty kills, four ranks, two hosts: about twenty minutes
+# make demo        make the tiny model, train it, draw its figures and its page
+# make test        run the tests, two at a time
+# make test-slow   run the slow tests: fifty kills, four ranks, two hosts; about twenty minutes
+# make lint        check the code with ruff
+# make install     make the virtual environment .venv (the commands above do so when it is missing)
+# make clean       remove the environment, the caches and all runs
 # Options: ENGINE=vllm|transformers  SEED=0  RUN=demo  TORCH_INDEX=address
 
 PYTHON ?= python3
@@ -10,12 +13,14 @@ RUN ?= demo
 BIN := .venv/bin
 SYSTEM := $(shell uname)
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
-REQUIREMENTS := $(if $(GPU),requirements.txt,tools/requirements-cpu.txt)
-TORCH := $(shell grep '^torch==' requirements.txt)
-# The package index's torch for Linux is the CUDA build: gigabytes that a laptop has no use for. TORCH_INDEX, if given, is
-# where torch comes from instead: the address of PyTorch's own index of CPU wheels, which its installation page names.
+REQUIREMENTS := $(if $(GPU),pyproject.toml,tools/requirements-cpu.txt)
+TORCH := $(shell grep -o 'torch==[^"]*' pyproject.toml)
+# On the package index, torch for Linux is the CUDA build: gigabytes that a CPU has no use for.
+# TORCH_INDEX names another index for torch: the address of PyTorch's index of CPU builds, which its
+# installation page gives.
 TORCH_INDEX ?=
-ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}  # many small tests: threads would wait for each other
+# The tests are many and small: with more threads they wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .PHONY: demo test test-slow lint install clean
 demo: install
@@ -29,21 +34,24 @@ test-slow: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 install: .venv/installed
 .venv/installed: $(REQUIREMENTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and \
+	    "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 ifneq ($(GPU),)
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q '.[vllm,test]'
 else ifeq ($(SYSTEM),Linux)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/pip install -q --no-deps --only-binary :all: -r tools/requirements-cpu.txt
-else # vLLM's CPU build is for Linux
-	grep -v vllm requirements.txt | $(BIN)/pip install -q -r /dev/stdin
+else # vLLM's CPU build is for Linux only
+	$(BIN)/pip install -q '.[test]'
 endif
 	$(BIN)/python -c 'import torch, transformers, math_verify'
-	@$(BIN)/python -c 'import vllm' 2>/dev/null || echo 'vLLM does not load on this machine; ENGINE=transformers does without it.'
+	@$(BIN)/python -c 'import vllm' 2>/dev/null || \
+	    echo 'vLLM does not load on this machine; ENGINE=transformers works without it.'
 	touch $@
 
 clean:
