@@ -1,1 +1,1 @@
-"""Is a response right? Extract its answer and compare it with the gold one, or run its program."""
+"""Decide whether a response is right: compare its answer with the gold, or run its program."""

@@ -1,11 +1,18 @@
-"""Worker processes that compare answers, so that nothing a model wrote is evaluated in the trainer's process.
+"""Compare answers in worker processes: the trainer never evaluates what a model wrote.
 
-    pairs ──by text──▶ cheap first ──▶ [ python -m grading.equivalence --worker ──fork──▶ child ] × n ──▶ equal, not, or late (None)
+    pairs ──by_text──▶ undecided, cheap first ──▶ [ parent ──fork──▶ child ] × n ──▶ verdicts
 
-Sooner or later a model writes what no program can evaluate, and nothing inside Python can interrupt that. So a worker is two
-processes: one that has imported sympy and waits, and its child that compares. A child that misses its deadline is killed by
-the kernel, counted, and replaced in milliseconds; its memory is limited. Never a thread: Math-Verify's own time limits do
-not work in one. Answers that look costly come last, so that they hold up none that do not.
+Sooner or later a model writes a formula that no program can evaluate, and nothing inside Python
+can interrupt that evaluation. So each worker is two processes, running grading/equivalence.py:
+
+| process | what it does |
+|---|---|
+| parent | imports sympy once and forks a child; forks the next one when a child is killed |
+| child | compares one pair at a time, with limited memory and an alarm of `deadline` seconds |
+
+The kernel kills a late child, whatever it is doing. Its answer earns 0, and the next child starts
+in milliseconds because the import is done. Workers are not threads because Math-Verify's time
+limits do not work in threads. Answers that look costly are compared last, so they delay no others.
 """
 
 import json
@@ -18,7 +25,9 @@ import threading
 import time
 import warnings
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +35,9 @@ from typing import NamedTuple
 from grading.equivalence import by_text, cost
 from grading.extract import extract
 
-CACHE = 200_000
-GRACE = 5.0  # seconds after the deadline until the whole worker is given up, in case nothing of it can speak
+CACHE = 200_000  # verdicts to remember
+GRACE = 5.0  # seconds after the deadline until the parent is killed too, if it does not respond
+MAX_FAILED_STARTS = 3  # in a row
 WORKER = Path(__file__).with_name("equivalence.py")
 VERDICT = {b"1": True, b"0": False, b"late": None}
 
@@ -35,15 +45,20 @@ Pair = tuple[str, str]  # gold, answer
 
 
 class Grade(NamedTuple):
+    """The reward, 1 or 0; the extracted answer; whether its comparison missed the deadline."""
+
     reward: float
     answer: str
     timeout: bool
 
 
 class _Worker:
+    """A parent process with its child, and the pair that it compares now."""
+
     def __init__(self, deadline: float) -> None:
-        # A program of its own, not a fork: the caller holds threads and a GPU. In its own session, so that Ctrl-C
-        # reaches the caller alone; it ends when its input does. -P: no file of this folder may shadow a library's.
+        # A new program, not a fork: the caller has threads and a GPU. A new session, so that
+        # Ctrl-C reaches the caller alone. The worker ends when its stdin is closed.
+        # -P: no file of this folder can shadow a library's module.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), "--worker", str(deadline)],
             stdin=subprocess.PIPE,
@@ -57,20 +72,35 @@ class _Worker:
         self.due = inf
 
     def send(self, pair: Pair, deadline: float) -> None:
-        self.pair, self.due = pair, time.monotonic() + deadline + GRACE
-        with suppress(BrokenPipeError):  # it died while idle; the end of its output will say so
+        self.pair = pair
+        self.due = time.monotonic() + deadline + GRACE
+        with suppress(BrokenPipeError):  # it died while idle; then its stdout is at its end
             self.process.stdin.write(json.dumps(pair).encode() + b"\n")
 
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # the child, too
-        self.process.wait()
+    def close(self, kill: bool) -> None:
+        if kill:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # parent and child
         self.process.stdin.close()
+        self.process.wait()
         self.process.stdout.close()
 
 
+@dataclass
+class _Batch:
+    """The pairs of one call: those that wait for a worker, and the verdicts so far."""
+
+    waiting: deque[Pair]
+    verdicts: dict[Pair, bool | None]
+    retried: set[Pair] = field(default_factory=set)  # pairs whose worker died once
+
+
 class Grader:
-    r"""Grades with `workers` processes. They start at once and import while the caller goes on.
+    r"""Grades responses with `workers` worker processes, which import while the caller goes on.
+
+    `deadline` is the time for one comparison in seconds. `on_verdict`, if set, is called with the
+    pair (gold, answer) and its verdict as soon as a worker has decided it; pairs that are decided
+    without a worker are not reported. Several threads may use one grader.
 
     >>> with Grader() as grader:
     ...     grader.grade([r"two and two</think> <answer>\boxed{4}</answer>"], ["4"])
@@ -80,7 +110,9 @@ class Grader:
     def __init__(
         self, workers: int = 2, deadline: float = 3.0, require_boxed: bool = False
     ) -> None:
-        self.deadline, self.require_boxed = deadline, require_boxed
+        self.deadline = deadline
+        self.require_boxed = require_boxed
+        self.on_verdict: Callable[[Pair, bool | None], None] | None = None
         self._known: OrderedDict[Pair, bool] = OrderedDict()
         self._lock = threading.Lock()
         self._failed_starts = 0
@@ -95,112 +127,143 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process id of each worker's parent, which is also the session id of parent and child."""
+        return [worker.process.pid for worker in self._workers]
+
+    def close(self, kill: bool = True) -> None:
+        """Ends the workers. With `kill=False` they exit by themselves; only then does the use of
+        memory and processor of their children count in `resource.getrusage(RUSAGE_CHILDREN)`."""
         for worker in list(self._workers):
-            self._stop(worker)
+            self._stop(worker, kill)
         self._selector.close()
 
     def grade(self, responses: list[str], golds: list[str]) -> list[Grade]:
-        """One grade per response. A comparison beyond the deadline earns 0 and is marked as a timeout."""
+        """One grade per response. An answer whose comparison misses the deadline earns 0."""
         answers = [extract(response, self.require_boxed) for response in responses]
         verdicts = self.equal(golds, answers)
         late = verdicts.count(None)
         if late > max(1, 0.05 * len(verdicts)):
             warnings.warn(
-                f"{late} of {len(verdicts)} answers missed the grader's deadline of {self.deadline} s and earned 0. "
-                "If they are ordinary answers, the machine is overloaded: use fewer workers or a longer deadline.",
+                f"{late} of {len(verdicts)} answers missed the grader's deadline of "
+                f"{self.deadline} s and earned 0. If they are ordinary answers, the machine is "
+                "overloaded: use fewer workers or a longer deadline.",
                 stacklevel=2,
             )
         return [
-            Grade(float(v is True), a, v is None) for v, a in zip(verdicts, answers, strict=True)
+            Grade(float(verdict is True), answer, verdict is None)
+            for verdict, answer in zip(verdicts, answers, strict=True)
         ]
 
     def equal(self, golds: list[str], answers: list[str]) -> list[bool | None]:
-        """Whether each answer equals its gold; None where the deadline passed. Like pairs are compared once."""
-        pairs = [
-            (gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)
-        ]
-        verdicts = {
-            (gold, answer): bool(answer) if not answer or answer == gold else by_text(gold, answer)
-            for gold, answer in dict.fromkeys(
-                pairs
-            )  # the same text is the same answer, whatever it means
-        }
+        """Whether each answer equals its gold; None if the deadline passed. Equal pairs of texts
+        are compared once."""
+        pairs = _stripped(golds, answers)
+        verdicts = {pair: _without_worker(*pair) for pair in dict.fromkeys(pairs)}
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
         verdicts |= self._compare(sorted(undecided, key=lambda pair: cost(*pair)))
         return [verdicts[pair] for pair in pairs]
 
-    def check_golds(self, golds: list[str]) -> list[bool]:
-        """False for a gold that cannot be earned: not readable, or once read not equal to itself."""
-        pairs = [(gold.strip(), gold.strip()) for gold in golds]
+    def are_gradable(self, golds: list[str]) -> list[bool]:
+        """False for each gold that no answer can match: it cannot be parsed, or its formula does
+        not equal itself."""
+        pairs = _stripped(golds, golds)
         verdicts = self._compare(list(dict.fromkeys(pair for pair in pairs if pair[0])))
         return [bool(verdicts.get(pair)) for pair in pairs]
 
+    check_golds = are_gradable
+
     def _compare(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
+        """The verdict on each of these different pairs, from memory or from a worker."""
         with self._lock:
-            verdicts: dict[Pair, bool | None] = {
-                pair: self._known[pair] for pair in pairs if pair in self._known
-            }
-            waiting = deque(pair for pair in pairs if pair not in verdicts)
-            retried: set[Pair] = set()
+            known = {pair: self._known[pair] for pair in pairs if pair in self._known}
+            batch = _Batch(deque(pair for pair in pairs if pair not in known), known)
             try:
-                while len(verdicts) < len(pairs):
-                    self._turn(waiting, verdicts, retried)
-            finally:  # after an interruption nobody waits for these any more
+                while len(batch.verdicts) < len(pairs):
+                    self._step(batch)
+            finally:
+                # After an exception nobody waits for the pairs that are being compared.
                 for worker in [worker for worker in self._workers if worker.pair]:
                     self._replace(worker)
-            for pair, verdict in verdicts.items():
-                if verdict is not None:  # a timeout is not a verdict, and not remembered
-                    self._known[pair] = verdict
-                    self._known.move_to_end(pair)
-            while len(self._known) > CACHE:
-                self._known.popitem(last=False)
-            return verdicts
+            self._remember(batch.verdicts)
+            return batch.verdicts
 
-    def _turn(
-        self, waiting: deque[Pair], verdicts: dict[Pair, bool | None], retried: set[Pair]
-    ) -> None:
-        """Give work to idle workers, wait for one to speak, die or miss its deadline, and act on it."""
+    def _step(self, batch: _Batch) -> None:
+        """Send pairs to idle workers, wait for a worker's message or a deadline, and handle it."""
         for worker in self._workers:
-            if waiting and worker.ready and not worker.pair:
-                worker.send(waiting.popleft(), self.deadline)
+            if batch.waiting and worker.ready and not worker.pair:
+                worker.send(batch.waiting.popleft(), self.deadline)
         due = min(worker.due for worker in self._workers)
-        for key, _ in self._selector.select(
-            None if due == inf else max(0.0, due - time.monotonic())
-        ):
-            worker, line = key.data, key.fileobj.readline().strip()
-            if line == b"ready":
-                worker.ready, self._failed_starts = True, 0
-            elif line:
-                verdicts[worker.pair] = VERDICT[line]
-                worker.pair, worker.due, worker.ready = None, inf, line != b"late"
-            else:  # dead: out of memory, or killed from outside. Its pair gets a second chance and no third.
-                if worker.pair in retried:
-                    verdicts[worker.pair] = False
-                elif worker.pair:
-                    retried.add(worker.pair)
-                    waiting.append(worker.pair)
-                self._replace(worker)
+        timeout = None if due == inf else max(0.0, due - time.monotonic())
+        for key, _ in self._selector.select(timeout):
+            self._receive(key.data, batch)
         for worker in [worker for worker in self._workers if worker.due <= time.monotonic()]:
-            verdicts[worker.pair] = None
+            self._decide(batch, worker.pair, None)
             self._replace(worker)
+
+    def _receive(self, worker: _Worker, batch: _Batch) -> None:
+        """Handle one line of a worker's stdout, or its end."""
+        line = worker.process.stdout.readline().strip()
+        if line == b"ready":
+            worker.ready = True
+            self._failed_starts = 0
+        elif line:
+            self._decide(batch, worker.pair, VERDICT[line])
+            worker.pair = None
+            worker.due = inf
+            worker.ready = line != b"late"
+        else:  # dead: out of memory, or killed from outside; its pair is tried once more
+            if worker.pair in batch.retried:
+                self._decide(batch, worker.pair, False)
+            elif worker.pair:
+                batch.retried.add(worker.pair)
+                batch.waiting.append(worker.pair)
+            self._replace(worker)
+
+    def _decide(self, batch: _Batch, pair: Pair, verdict: bool | None) -> None:
+        batch.verdicts[pair] = verdict
+        if self.on_verdict:
+            self.on_verdict(pair, verdict)
+
+    def _remember(self, verdicts: dict[Pair, bool | None]) -> None:
+        """Keep the last `CACHE` verdicts; a timeout may not repeat itself and is not kept."""
+        for pair, verdict in verdicts.items():
+            if verdict is not None:
+                self._known[pair] = verdict
+                self._known.move_to_end(pair)
+        while len(self._known) > CACHE:
+            self._known.popitem(last=False)
 
     def _start(self) -> None:
         worker = _Worker(self.deadline)
         self._workers.append(worker)
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
-    def _stop(self, worker: _Worker) -> None:
+    def _stop(self, worker: _Worker, kill: bool = True) -> None:
         self._workers.remove(worker)
         self._selector.unregister(worker.process.stdout)
-        worker.kill()
+        worker.close(kill)
 
     def _replace(self, worker: _Worker) -> None:
         self._stop(worker)
-        self._failed_starts += not worker.ready
-        if self._failed_starts > 3:
+        if not worker.ready:
+            self._failed_starts += 1
+        if self._failed_starts > MAX_FAILED_STARTS:
             command = f"{sys.executable} -P {WORKER} --worker {self.deadline}"
             raise RuntimeError(
-                f"the grader's workers do not start; this command says why: {command}"
+                f"the grader's workers do not start; to see why, run this command: {command}"
             )
         self._start()
+
+
+def _stripped(golds: list[str], answers: list[str]) -> list[Pair]:
+    return [(gold.strip(), answer.strip()) for gold, answer in zip(golds, answers, strict=True)]
+
+
+def _without_worker(gold: str, answer: str) -> bool | None:
+    """The verdict if no worker is needed, else None. An empty answer is wrong, and the same text
+    is the same answer, whatever it means."""
+    if not answer or answer == gold:
+        return bool(answer)
+    return by_text(gold, answer)

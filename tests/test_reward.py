@@ -1,4 +1,4 @@
-"""The reward: what counts as an answer, what equals what, and a pool that survives anything a model can write."""
+"""Grading: which text is the answer, which answers are equal, and workers that stop late ones."""
 
 import json
 import os
@@ -20,8 +20,9 @@ from benchmarks import grader_fuzz
 from grading import equivalence, pool
 from grading import extract as extract_module
 from grading.extract import extract
-from grading.pool import Grade, Grader
+from grading.pool import Grade, Grader, Pair
 
+# Formulas that take for ever, that are refused as too large, and text that is quickly refused.
 SLOW = ["\\gcd(9^{9^9}, 3)", "\\binom{10000000000000}{5000000000000}"]
 REFUSED = [
     "9^{9^{9^9}}",
@@ -29,7 +30,7 @@ REFUSED = [
     "\\int_0^1 \\sin(x^{x^x}) dx",
     "2^{2^{100}} + 1",
     "(x+y+z)^{700}",
-    "(" * 9 * 9,
+    "(" * 81,
 ]
 QUICK = [
     "7" * 1500,
@@ -51,28 +52,27 @@ def grader() -> Iterator[Grader]:
 
 
 def rows(*parts: str) -> list[dict]:
+    """The rows of a file of the real data; the test is skipped where it is absent."""
     return [json.loads(line) for line in orz_data(*parts).read_text(encoding="utf-8").splitlines()]
 
 
-def verdicts(grader: Grader, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-    return dict(zip(pairs, grader.equal(*zip(*pairs, strict=True)), strict=True))
+def verdicts(grader: Grader, pairs: list[Pair]) -> dict[Pair, bool | None]:
+    golds, answers = zip(*pairs, strict=True)
+    return dict(zip(pairs, grader.equal(golds, answers), strict=True))
 
 
-# ── the docstring's tables are what the code does ────────────────────────────────────────────────────────────────────
+# ── the tables in the docstrings hold ─────────────────────────────────────────────────────────────
 
 
-def table(header: str) -> list[list[str]]:
-    lines = (
-        (extract_module.__doc__ + equivalence.__doc__)
-        .partition(header)[2]
-        .partition("\n\n")[0]
-        .splitlines()[2:]
-    )
+def table(docstring: str, header: str) -> list[list[str]]:
+    """The cells of the table with this header, row by row."""
+    lines = docstring.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def test_extraction_table() -> None:
-    examples = [cell for *_, cell in table("| content | answer | example |")]
+    rows = table(extract_module.__doc__, "| content | answer | example |")
+    examples = [cell for *_, cell in rows]
     with_arrow = [re.findall(r"`([^`]*)`", cell) for cell in examples if "→" in cell]
     bare = [re.findall(r"`([^`]+)`", cell) for cell in examples if "→" not in cell]
     assert len(with_arrow) == 3 and len(bare) == 1
@@ -84,7 +84,8 @@ def test_extraction_table() -> None:
 
 def test_comparison_table(grader: Grader) -> None:
     wanted = {}
-    for _, equal, unequal in table("| rule | equal (gold, answer) | still unequal |"):
+    rows = table(equivalence.__doc__, "| rule | equal (gold, answer) | still unequal |")
+    for _, equal, unequal in rows:
         for cell, verdict in ((equal, True), (unequal, False)):
             for pair in cell.split("; "):
                 wanted[tuple(re.findall(r"`([^`]+)`", pair))] = verdict
@@ -92,7 +93,7 @@ def test_comparison_table(grader: Grader) -> None:
     assert verdicts(grader, list(wanted)) == wanted
 
 
-# ── extraction ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── extraction ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -161,11 +162,11 @@ def test_a_bare_answer_needs_no_box_unless_asked(answer: str) -> None:
         "\\(\\frac{3}{16}\\) as a decimal is 0.1875. So 5",
     ],
 )
-def test_prose_gets_nothing(grader: Grader, prose: str) -> None:
+def test_prose_is_no_answer(grader: Grader, prose: str) -> None:
     assert grader.grade([f"</think><answer>{prose}</answer>"], ["5"]) == [Grade(0.0, "", False)]
 
 
-def test_a_guess_among_words_is_not_paid(grader: Grader) -> None:
+def test_a_guess_among_words_earns_nothing(grader: Grader) -> None:
     guesses = [
         "not 5",
         "less than 5",
@@ -181,30 +182,37 @@ def test_a_guess_among_words_is_not_paid(grader: Grader) -> None:
     assert [grade.reward for grade in grader.grade(boxed + bare, ["5"] * 16)] == [0.0] * 16
 
 
-# ── comparison ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── comparison ────────────────────────────────────────────────────────────────────────────────────
 
 GOLDS = r"""
-5 ; -\frac{1}{2} ; \dfrac{3}{4} ; 137\frac{1}{2} ; 0.\overline{3} ; 11\sqrt2 ; 6 + 9i ; 50\% ; 90^\circ ; 1,000 ; 10,\!080
-\left( 3, \frac{\pi}{2} \right) ; (-\infty, 2) \cup (3, \infty) ; [0,1) ; x \in [-2,7] ; x \le 5 ; 1,-2 ; \{1, 2, 3\}
-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} ; \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} ; 3 \pm 2 \sqrt{2} ; \emptyset
-A ; (C) ; \text{(D)} ; E ; \text{Evelyn} ; \text{odd} ; \text{June 20} ; PHONE HOME ; 12:00 ; 2516_8 ; y = 2x + 3 ; p - q
-\$18.90 ; 864 \mbox{ inches}^2 ; 114\text{ square units} ; 5 \text{ million} ; a + b + c ; \sin^2 t ; f(2) < f(1) < f(4)
-(AB + BC)^2 \leq 6(AD^2 + BD^2) ; \frac{TM}{MK} = 2 ; x^2 + 2x + 1 ; \dfrac{2469}{20,\!000}
+5 ; -\frac{1}{2} ; \dfrac{3}{4} ; 137\frac{1}{2} ; 0.\overline{3} ; 11\sqrt2 ; 6 + 9i ; 50\%
+90^\circ ; 1,000 ; 10,\!080 ; \left( 3, \frac{\pi}{2} \right) ; (-\infty, 2) \cup (3, \infty)
+[0,1) ; x \in [-2,7] ; x \le 5 ; 1,-2 ; \{1, 2, 3\} ; \begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}
+\begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} ; 3 \pm 2 \sqrt{2} ; \emptyset ; A ; (C) ; \text{(D)}
+E ; \text{Evelyn} ; \text{odd} ; \text{June 20} ; PHONE HOME ; 12:00 ; 2516_8 ; y = 2x + 3 ; p - q
+\$18.90 ; 864 \mbox{ inches}^2 ; 114\text{ square units} ; 5 \text{ million} ; a + b + c ; \sin^2 t
+f(2) < f(1) < f(4) ; (AB + BC)^2 \leq 6(AD^2 + BD^2) ; \frac{TM}{MK} = 2 ; x^2 + 2x + 1
+\dfrac{2469}{20,\!000}
 """
 EQUAL = r"""
-\frac{3}{4} ~ 0.75 ; \frac{3}{4} ~ \dfrac34 ; 3/4 ~ 6/8 ; 2\pi ~ 2π ; 2\sqrt{3} ~ 2*sqrt(3) ; \sqrt{2+\sqrt{3}} ~ √(2+√3)
-5 ~ x = 5 ; x=5 ~ 5 ; x^2+2x+1 ~ (x+1)^2 ; 1,2 ~ x = 1 or x = 2 ; 1,2 ~ $1$ and $2$ ; 106 ~ 128 - 24 + 2 = 106 ; 5 ~ \[5\]
-1320\text{ km} ~ 1320 ; 18 ~ 18 cm^2 ; 36 ~ 36 \text{ dollars} ; 18.9 ~ \$18.90 ; 5 ~ 5 m ; 10,000 ~ 10000 ; 1000 ~ 1\,000
-C ~ \textbf{(C)} ; \text{(C)} ~ C ; E ~ \text{E} ; \text{two lines} ~ Two lines. ; \infty ~ infinity ; (2, \infty) ~ x > 2
-(1,2) ~ \left(1, 2\right) ; 3 \pm 2\sqrt{2} ~ 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 ~ 5, -5 ; 0.5 ~ 50\% ; 50\% ~ 50 percent
-90^\circ ~ 90 degrees ; p=5,q=2;p=7,q=2 ~ p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2 ; a+b+c ~ c + b + a
+\frac{3}{4} ~ 0.75 ; \frac{3}{4} ~ \dfrac34 ; 3/4 ~ 6/8 ; 2\pi ~ 2π ; 2\sqrt{3} ~ 2*sqrt(3)
+\sqrt{2+\sqrt{3}} ~ √(2+√3) ; 5 ~ x = 5 ; x=5 ~ 5 ; x^2+2x+1 ~ (x+1)^2 ; 1,2 ~ x = 1 or x = 2
+1,2 ~ $1$ and $2$ ; 106 ~ 128 - 24 + 2 = 106 ; 5 ~ \[5\] ; 1320\text{ km} ~ 1320 ; 18 ~ 18 cm^2
+36 ~ 36 \text{ dollars} ; 18.9 ~ \$18.90 ; 5 ~ 5 m ; 10,000 ~ 10000 ; 1000 ~ 1\,000
+C ~ \textbf{(C)} ; \text{(C)} ~ C ; E ~ \text{E} ; \text{two lines} ~ Two lines.
+\infty ~ infinity ; (2, \infty) ~ x > 2 ; (1,2) ~ \left(1, 2\right)
+3 \pm 2\sqrt{2} ~ 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 ~ 5, -5 ; 0.5 ~ 50\% ; 50\% ~ 50 percent
+90^\circ ~ 90 degrees ; p=5,q=2;p=7,q=2 ~ p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2
+a+b+c ~ c + b + a
 """
 UNEQUAL = r"""
-(0,1) ~ [0,1] ; (2,\infty) ~ x \ge 2 ; (1,2) ~ (2,1) ; (1,2) ~ (1,2,3) ; 1,2 ~ 1 ; 1,2 ~ 12 ; 2 ~ 2,-1 ; 5 ~ -5 ; 5 ~ \pm 5
-50 ~ 0.5 ; 0.5 ~ 50 ; 42 ~ 4200 ; 100 ~ 1 ; 3 ~ 300 ; 5 \text{ million} ~ 5 ; 2 ~ 2 halves ; 25 ~ 25 squared ; 2 ~ 2i
-5 ~ 5x ; 5x ~ 5 ; x+1 ~ y+1 ; a + b + c ~ a + b + d ; x \le 5 ~ x \ge 5 ; x < 5 ~ x \le 5 ; 5 ~ x < 5 ; 5 ~ \ne 5
-A ~ B ; A ~ AB ; A ~ (A) or (B) ; A ~ A. B. ; \text{Evelyn} ~ Angela ; 0 ~ \text{} ; 0 ~ - ; 0 ~ no solution ; 12:00 ~ 1:00
-\infty ~ -\infty ; \pi ~ 3.14 ; \sqrt{2} ~ 1.41 ; 120000 ~ 120,006 ; \frac{1}{0} ~ \frac{2}{0} ; x \in [-2,7] ~ [-2,7)
+(0,1) ~ [0,1] ; (2,\infty) ~ x \ge 2 ; (1,2) ~ (2,1) ; (1,2) ~ (1,2,3) ; 1,2 ~ 1 ; 1,2 ~ 12
+2 ~ 2,-1 ; 5 ~ -5 ; 5 ~ \pm 5 ; 50 ~ 0.5 ; 0.5 ~ 50 ; 42 ~ 4200 ; 100 ~ 1 ; 3 ~ 300
+5 \text{ million} ~ 5 ; 2 ~ 2 halves ; 25 ~ 25 squared ; 2 ~ 2i ; 5 ~ 5x ; 5x ~ 5 ; x+1 ~ y+1
+a + b + c ~ a + b + d ; x \le 5 ~ x \ge 5 ; x < 5 ~ x \le 5 ; 5 ~ x < 5 ; 5 ~ \ne 5 ; A ~ B
+A ~ AB ; A ~ (A) or (B) ; A ~ A. B. ; \text{Evelyn} ~ Angela ; 0 ~ \text{} ; 0 ~ -
+0 ~ no solution ; 12:00 ~ 1:00 ; \infty ~ -\infty ; \pi ~ 3.14 ; \sqrt{2} ~ 1.41 ; 120000 ~ 120,006
+\frac{1}{0} ~ \frac{2}{0} ; x \in [-2,7] ~ [-2,7)
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} ~ \begin{pmatrix} 2 \\ 1 \end{pmatrix} ; 60^\circ ~ 61^\circ
 """
 
@@ -213,18 +221,20 @@ def items(lines: str) -> list[str]:
     return re.split(r" ; |\n", lines.strip())
 
 
-def test_golds_as_the_data_writes_them_equal_themselves(grader: Grader) -> None:
+def test_golds_of_the_data_equal_themselves(grader: Grader) -> None:
     golds = items(GOLDS)
-    assert [
-        gold for gold, good in zip(golds, grader.check_golds(golds), strict=True) if not good
-    ] == []
-    answers = [
-        gold.replace(" ", "") if "\\text" not in gold and "PHONE" not in gold else f" {gold} ."
-        for gold in golds
-    ]
-    same = verdicts(grader, list(zip(golds, answers, strict=True)))
+    gradable = dict(zip(golds, grader.are_gradable(golds), strict=True))
+    assert [gold for gold in golds if not gradable[gold]] == []
+    pairs = []
+    for gold in golds:
+        has_words = "\\text" in gold or "PHONE" in gold
+        pairs.append((gold, f" {gold} ." if has_words else gold.replace(" ", "")))
+    same = verdicts(grader, pairs)
     assert [pair for pair, equal in same.items() if not equal] == []
-    assert grader.check_golds(["", "  ", "\\frac{", "5"]) == [False, False, False, True]
+
+
+def test_golds_that_no_answer_can_match(grader: Grader) -> None:
+    assert grader.are_gradable(["", "  ", "\\frac{", "5"]) == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -242,26 +252,22 @@ def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
     st.sampled_from(["{}", "${}$", "{}.0", "{:,}", "x = {}"]),
 )
 def test_integers_are_equal_iff_they_are(grader: Grader, gold: int, other: int, form: str) -> None:
-    assert grader.equal([str(gold)] * 2, [form.format(gold), form.format(other)]) == [
-        True,
-        gold == other,
-    ]
+    answers = [form.format(gold), form.format(other)]
+    assert grader.equal([str(gold)] * 2, answers) == [True, gold == other]
 
 
-# ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the pool ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_slow_answers_end_in_time_and_spare_their_neighbours() -> None:
+def test_slow_answers_end_in_time_and_change_no_others() -> None:
+    answers = SLOW + QUICK + ["1" * 1_000_000, "0.25"]
+    responses = [f"<answer>{answer}</answer>" for answer in answers]
+    warning = rf"2 of {len(answers)} answers missed the grader's deadline of 1.0 s"
     with Grader(workers=2, deadline=1.0) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
-        answers = SLOW + QUICK + ["1" * 1_000_000, "0.25"]
         start = time.monotonic()
-        with pytest.warns(
-            UserWarning, match=rf"2 of {len(answers)} answers missed the grader's deadline of 1.0 s"
-        ):
-            grades = grader.grade(
-                [f"<answer>{answer}</answer>" for answer in answers], ["1/4"] * len(answers)
-            )
+        with pytest.warns(UserWarning, match=warning):
+            grades = grader.grade(responses, ["1/4"] * len(answers))
         assert time.monotonic() - start < 4 * len(SLOW)
         assert [grade.reward for grade in grades] == [0.0] * (len(answers) - 1) + [1.0]
         assert grades[0].timeout and not grades[-1].timeout
@@ -269,7 +275,7 @@ def test_slow_answers_end_in_time_and_spare_their_neighbours() -> None:
 
 
 @pytest.mark.parametrize("answer", REFUSED)
-def test_what_nobody_can_evaluate_is_refused_but_equals_itself(grader: Grader, answer: str) -> None:
+def test_a_formula_too_large_to_evaluate_equals_itself_alone(grader: Grader, answer: str) -> None:
     start = time.monotonic()
     assert grader.equal(["1/4", answer], [answer, answer]) == [False, True]
     assert time.monotonic() - start < 1.0
@@ -279,85 +285,86 @@ def test_what_nobody_can_evaluate_is_refused_but_equals_itself(grader: Grader, a
 def test_a_dead_worker_is_replaced_and_costs_no_answer_its_reward(group: bool) -> None:
     with Grader(workers=1) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
-        dead = grader._workers[0].process
-        (os.killpg if group else os.kill)(
-            dead.pid, signal.SIGKILL
-        )  # without its group, its child goes on alone
+        (killed,) = grader.worker_pids
+        kill = os.killpg if group else os.kill  # without its group, its child goes on alone
+        kill(killed, signal.SIGKILL)
         assert grader.equal(["1/3"], ["2/6"]) == [True]
-        assert not group or grader._workers[0].process.pid != dead.pid
+        assert not group or grader.worker_pids != [killed]
 
 
 def test_a_late_child_is_replaced_without_a_new_import() -> None:
     with Grader(workers=1, deadline=0.5) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
-        worker = grader._workers[0]
+        pids = grader.worker_pids
         assert grader.equal(["1"] * 3, [*SLOW, "2/2"]) == [None, None, True]
-        assert grader._workers == [worker]
+        assert grader.worker_pids == pids
 
 
-def fuzz(count: int, workers: int, deadline: float) -> tuple[list[Grade], list[Grade], list[Grade]]:
-    """Grades of ordinary answers alone, of the same among hostile ones, and of those."""
-    plain, attack = grader_fuzz.ordinary(100, 0), grader_fuzz.hostile(count, 0)
-    with (
-        warnings.catch_warnings(),
-        Grader(workers, deadline) as first,
-        Grader(workers, deadline) as second,
-    ):
+def grades_of(pairs: list[Pair]) -> list[Grade]:
+    """The grades that a new grader gives, without its warning about many timeouts."""
+    responses = [f"<answer>{answer}</answer>" for _, answer in pairs]
+    with warnings.catch_warnings(), Grader(workers=2, deadline=1.0) as grader:
         warnings.simplefilter("ignore")
-        alone, mixed = (
-            grader.grade(
-                [f"<answer>{answer}</answer>" for _, answer in pairs], [gold for gold, _ in pairs]
-            )
-            for grader, pairs in ((first, plain), (second, attack + plain))
-        )
-    return alone, mixed[count:], mixed[:count]
+        return grader.grade(responses, [gold for gold, _ in pairs])
 
 
 @pytest.mark.parametrize(
     "count", [120, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_hostile_answers_change_no_verdict_and_earn_nothing(count: int) -> None:
-    alone, among, attack = fuzz(count, workers=2, deadline=1.0)
-    assert among == alone and 0 < sum(grade.reward for grade in alone) < len(alone)
-    assert len(attack) == count and not any(grade.reward for grade in attack)
-    assert sum(grade.timeout for grade in attack) < 0.1 * count
+    ordinary = grader_fuzz.ordinary(100, 0)
+    hostile = grader_fuzz.hostile(count, 0)
+    alone = grades_of(ordinary)
+    mixed = grades_of(hostile + ordinary)
+    assert mixed[count:] == alone and 0 < sum(grade.reward for grade in alone) < len(alone)
+    assert len(hostile) == count and not any(grade.reward for grade in mixed[:count])
+    assert sum(grade.timeout for grade in mixed[:count]) < 0.1 * count
 
 
 def test_memory_of_a_worker_is_limited() -> None:
     with Grader(workers=1) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
-        limits = Path(f"/proc/{grader._workers[0].process.pid}/limits")
+        limits = Path(f"/proc/{grader.worker_pids[0]}/limits")
         if not limits.exists():
             pytest.skip("no /proc here")
-        assert re.search(
-            rf"Max address space +{equivalence.MEMORY} +{equivalence.MEMORY}", limits.read_text()
-        )
+        most = equivalence.MAX_MEMORY
+        assert re.search(rf"Max address space +{most} +{most}", limits.read_text())
 
 
-def test_costly_answers_come_last(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-    send = pool._Worker.send
-    monkeypatch.setattr(pool._Worker, "send", lambda *args: (sent.append(args[1][1]), send(*args)))
+@pytest.fixture
+def decided(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
+    """The pairs that the worker has decided, in this order."""
+    pairs: list[Pair] = []
+    monkeypatch.setattr(grader, "on_verdict", lambda pair, verdict: pairs.append(pair))
+    return pairs
+
+
+def test_costly_answers_come_last(grader: Grader, decided: list[Pair]) -> None:
     answers = ["\\binom{13}{9} + 2^{2^3}", "\\frac{3}{7", "\\frac{3}{8}", "\\sqrt{15}"]
     grader.equal(["\\frac{5}{7}"] * 4, answers)
-    assert sent == [answers[2], answers[3], answers[0], answers[1]]
+    order = [answer for _, answer in decided]
+    assert order == [answers[2], answers[3], answers[0], answers[1]]
 
 
 def test_workers_end_with_the_grader() -> None:
     start = time.monotonic()
     grader = Grader(workers=2)
-    assert time.monotonic() - start < 0.5  # the imports are not waited for
-    processes = [worker.process for worker in grader._workers]
+    assert time.monotonic() - start < 0.5  # it does not wait for the imports
+    pids = grader.worker_pids
+    assert len(pids) == 2
     grader.close()
-    assert all(process.poll() is not None for process in processes)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_workers_end_when_their_input_does() -> None:
     with Grader(workers=1) as grader:
         assert grader.equal(["1/2"], ["0.5"]) == [True]
         process = grader._workers[0].process
-        process.stdin.close()
-        assert process.wait(timeout=5) == 0
+        start = time.monotonic()
+        grader.close(kill=False)
+        assert process.returncode == 0 and time.monotonic() - start < 5
 
 
 def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
@@ -369,10 +376,11 @@ def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
 
 def test_a_thread_may_grade(grader: Grader) -> None:
     results = []
-    threads = [
-        threading.Thread(target=lambda n=n: results.append(grader.equal([f"{n}/2"], [f"{n / 2}"])))
-        for n in (1, 3, 5)
-    ]
+
+    def compare(n: int) -> None:
+        results.append(grader.equal([f"{n}/2"], [f"{n / 2}"]))
+
+    threads = [threading.Thread(target=compare, args=(n,)) for n in (1, 3, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -380,46 +388,44 @@ def test_a_thread_may_grade(grader: Grader) -> None:
     assert results == [[True]] * 3
 
 
-def test_like_pairs_are_compared_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-    send = pool._Worker.send
-    monkeypatch.setattr(pool._Worker, "send", lambda *args: (sent.append(args[1]), send(*args)))
+def test_equal_pairs_are_compared_once(grader: Grader, decided: list[Pair]) -> None:
     responses = ["<answer>14/4</answer>"] * 50 + ["<answer>3.5</answer>"] * 50
     assert all(grade.reward == 1.0 for grade in grader.grade(responses + responses, ["3.5"] * 200))
-    assert sent == [("3.5", "14/4")]  # and the same text needs no comparison
-    assert grader.equal(["3.5"], ["14/4"]) == [True] and len(sent) == 1
+    assert decided == [("3.5", "14/4")]  # and the same text needs no comparison
+    assert grader.equal(["3.5"], ["14/4"]) == [True] and len(decided) == 1
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.sys, "executable", "/bin/false")
     grader = Grader(workers=1)
-    with pytest.raises(RuntimeError, match="do not start; this command says why"):
+    with pytest.raises(RuntimeError, match="do not start; to see why, run this command"):
         grader.equal(["1/2"], ["0.5"])
     grader.close()
 
 
-# ── real answers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── real answers ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_pairs_judged_by_hand(grader: Grader) -> None:
+def test_pairs_labeled_by_hand(grader: Grader) -> None:
     tests = rows("answer_tests", "hard_manual.jsonl")
     wanted = {(row["gold"], row["pred"]): bool(row["expected"]) for row in tests}
     assert verdicts(grader, list(wanted)) == wanted
 
 
 def test_real_responses(grader: Grader) -> None:
-    labelled = [
+    labeled = [
         row for row in rows("responses", "responses.jsonl") if row["fmt"] == "orz_think_answer"
     ]
-    # The train log's labels are the rewards of another checker, wrong where it is.
-    labelled = [row for row in labelled if row["set"] != "orz_fork_train_log"]
-    sample = random.Random(0).sample(labelled, 300)
+    # The labels of the training log are the rewards of another grader, with its mistakes.
+    labeled = [row for row in labeled if row["set"] != "orz_fork_train_log"]
+    selected = random.Random(0).sample(labeled, 300)
+    golds = [row["gold"] for row in selected]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        grades = grader.grade([row["pred"] for row in sample], [row["gold"] for row in sample])
+        grades = grader.grade([row["pred"] for row in selected], golds)
     wrong = [
         (row["gold"], grade.answer)
-        for row, grade in zip(sample, grades, strict=True)
+        for row, grade in zip(selected, grades, strict=True)
         if grade.reward != row["expected"]
     ]
     assert wrong == []
