@@ -1,16 +1,20 @@
-"""What a run needs, reckoned before a weight is loaded: memory per GPU by item and phase, and the time of a step.
+"""Compute what a run needs, before a weight is loaded: memory per GPU and the time of a step.
 
-    python train.py --model Qwen2.5-7B --plan --gpus 8 --gpu-memory 80     one setting
-    python -m tools.plan                                                         what fits where, as a Markdown table
+    python train.py --model Qwen2.5-7B --plan --gpus 8 --gpu-memory 80     the plan of one run
+    python -m tools.plan                      which model fits on which GPUs, as a Markdown table
 
-GB = 10⁹ bytes. `--gpus 0` stands for a CPU, whose memory is then `--gpu-memory`. What is allocated is counted; what an
-allocator loses between its blocks is not, and has the few percent that an "80 GB" GPU holds above 80·10⁹ bytes.
+GB is 10⁹ bytes. `--gpus 0` means a CPU with `--gpu-memory` GB. The plan counts what is allocated.
+It does not count what the allocator loses to fragmentation: for that there are the few percent
+that an "80 GB" GPU has above 80·10⁹ bytes.
 
-A parameter that trains takes 4 bytes of float32 weight, 8 of moments and, from backward pass to optimizer step, 4 of
-gradient, over the GPUs that share a model; with --offload in the phases of its model only. vLLM is awake in sample and sync.
+A trained parameter takes 4 bytes of float32 weight, 8 bytes of Adam's moments and, from the
+backward pass to the optimizer step, 4 bytes of gradient. The GPUs that share a model divide these
+bytes. With --offload they are on the GPU only in the phases of their model. vLLM is awake in the
+phases sample and sync.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from itertools import product
@@ -18,32 +22,40 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
+import tyro
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import policy
 from config import QWEN, Config
 
 Items = dict[str, float]  # what takes memory → bytes on one GPU
+PHASES = ("sample", "values", "critic", "policy", "sync")
 GB = 1e9
-CONTEXT = 1.5 * GB  # CUDA context, NCCL's and cuBLAS's buffers of one process
-GRAPHS = 1.0 * GB  # vLLM's CUDA graphs; it keeps them asleep
-FLOPS, MFU = (
-    989e12,
-    0.35,
-)  # bfloat16 peak of an H100, and the share of it that a good packed update reaches
-HBM, HBM_SHARE = (
-    3.35e12,
-    0.65,
-)  # bytes/s of an H100's memory, and the share of it that decoding reaches
-COPY = 10e9  # bytes/s between a GPU and pageable host memory; also of weights passed to vLLM one at a time
-PROMPT = 256  # tokens of a mean prompt: the template has about 150
-MEAN = 1 / 8  # mean response over the longest: 1,000 of 8,000 tokens
-ASSUMED = f"H100s, {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s, {HBM_SHARE:.0%} of {HBM / 1e12} TB/s, communication hidden"
+CONTEXT = 1.5 * GB  # CUDA context, buffers of NCCL and cuBLAS, in one process
+GRAPHS = 1.0 * GB  # vLLM's CUDA graphs, which it keeps while it sleeps
+FLOPS = 989e12  # bfloat16 operations per second of an H100, at its peak
+MFU = 0.35  # the share of them that a good packed update reaches
+HBM = 3.35e12  # bytes per second of an H100's memory
+HBM_SHARE = 0.65  # the share of them that decoding reaches
+# Bytes per second between a GPU and pageable host memory; also of weights passed to vLLM.
+COPY = 10e9
+PROMPT = 256  # tokens of a mean prompt; the template has about 150
+MEAN = 1 / 8  # mean response / longest response: 1,000 of 8,000 tokens
+ASSUMED = (
+    f"H100s, {MFU:.0%} of {FLOPS / 1e12:.0f} TFLOP/s, {HBM_SHARE:.0%} of {HBM / 1e12} TB/s, "
+    "communication hidden"
+)
 
-FIELDS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
-SHAPES: dict[
-    str, tuple[int, ...]
-] = {  # the models known without a network; last: is the head the embedding?
+FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+# The models known without a network: FIELDS, and whether the vocabulary head is the embedding.
+SHAPES: dict[str, tuple[int, ...]] = {
     "tiny": (64, 2, 2, 1, 128, 468, True),
     "tiny-long": (64, 2, 2, 1, 128, 469, True),
     "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
@@ -53,40 +65,53 @@ SHAPES: dict[
 }
 
 
+# ── the model ─────────────────────────────────────────────────────────────────────────────────────
+
+
 class Shape(NamedTuple):
-    """Sizes of a decoder; its parameters are counted on a model without memory."""
+    """Sizes of a decoder."""
 
     hidden: int  # H
-    layers: int  # L
+    layers: int
     heads: int
     kv_heads: int
     head_size: int
     width: int  # I, of the MLP
     vocab: int  # V
-    tied: bool
+    tied: bool  # the vocabulary head is the embedding
     layer: int  # parameters of one decoder layer
-    policy: int  # all parameters
-    critic: int  # likewise; its head is H numbers
+    policy: int  # all parameters of the policy
+    critic: int  # all parameters of the critic; its head has H
 
 
 @cache
 def shape(model: str) -> Shape:
-    """Sizes of a model known by name, or of a folder or hub id from its config.json."""
-    if known := SHAPES.get(model.removeprefix("Qwen/")):
+    """Sizes of a model in SHAPES; of another folder or hub id, from its config.json. The parameters
+    are counted on a model that has no memory."""
+    known = SHAPES.get(model.removeprefix("Qwen/"))
+    if known:
         config = Qwen2Config(**dict(zip([*FIELDS, "tie_word_embeddings"], known, strict=True)))
     else:
         config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     one_layer = next(m for m in whole.modules() if type(m).__name__ in whole._no_split_modules)
-    layer, parameters = (sum(p.numel() for p in m.parameters()) for m in (one_layer, whole))
-    hidden, layers, heads, kv_heads, width, vocab = (
-        getattr(config, f, config.num_attention_heads) for f in FIELDS
-    )
-    size, tied = getattr(config, "head_dim", None) or hidden // heads, config.tie_word_embeddings
-    critic = parameters - (0 if tied else vocab * hidden) + hidden
+    parameters = sum(p.numel() for p in whole.parameters())
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    tied = config.tie_word_embeddings
+    head_parameters = 0 if tied else config.vocab_size * hidden
     return Shape(
-        hidden, layers, heads, kv_heads, size, width, vocab, tied, layer, parameters, critic
+        hidden=hidden,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", heads),
+        head_size=getattr(config, "head_dim", None) or hidden // heads,
+        width=config.intermediate_size,
+        vocab=config.vocab_size,
+        tied=tied,
+        layer=sum(p.numel() for p in one_layer.parameters()),
+        policy=parameters,
+        critic=parameters - head_parameters + hidden,
     )
 
 
@@ -95,338 +120,487 @@ def shards(cfg: Config) -> int:
     return max(1, cfg.gpus // cfg.replicas)
 
 
+def number_bytes(cfg: Config) -> int:
+    """Bytes of a number in a computation: bfloat16 on GPUs, float32 on a CPU."""
+    return 2 if cfg.gpus else 4
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def phases(cfg: Config) -> list[str]:
+    """The phases of a step."""
+    absent = () if "critic" in cfg.trained_roles else ("values", "critic")
+    return [phase for phase in PHASES if phase not in absent]
+
+
+def memory(cfg: Config) -> dict[str, Items]:
+    """Bytes on one GPU by phase and item, at the peak of each phase."""
+    return {phase: _phase_memory(cfg, phase) for phase in phases(cfg)}
+
+
+def _phase_memory(cfg: Config, phase: str) -> Items:
+    sizes = shape(cfg.model)
+    items: Items = {}
+    for role in cfg.trained_roles:
+        items |= _states(cfg, role, phase)
+    if phase in cfg.trained_roles:
+        items |= update(cfg, phase)
+    if phase == "values":
+        items |= _prediction(cfg)
+    if cfg.kl_loss or cfg.kl_reward:
+        items["reference weights"] = 4 * sizes.policy / shards(cfg)
+    if phase in ("sample", "sync"):
+        items |= sampler(cfg)
+    elif cfg.gpus:
+        items["sampler at work"] = GRAPHS
+    else:
+        items["sampler weights"] = 4 * sizes.policy
+    if cfg.gpus:
+        items["CUDA, NCCL"] = CONTEXT
+    return items
+
+
+def _states(cfg: Config, role: str, phase: str) -> Items:
+    """Weights, Adam's moments and gradients of a model."""
+    here = role == phase or not (cfg.offload and cfg.gpus)
+    passing = (role, phase) in (("critic", "values"), ("policy", "sync"))  # needs its weights only
+    bytes_each = {
+        "weights": 4 * (here or passing),
+        "moments": 8 * here,
+        "gradients": 4 * (role == phase),
+    }
+    parameters = getattr(shape(cfg.model), role)
+    return {
+        f"{role} {state}": count * parameters / shards(cfg)
+        for state, count in bytes_each.items()
+        if count
+    }
+
+
+def _prediction(cfg: Config) -> Items:
+    """What the critic's forward pass takes without gradient: the MLP of one layer at a time."""
+    sizes, b = shape(cfg.model), number_bytes(cfg)
+    gathered = b * (sizes.critic - (sizes.layers - 3) * sizes.layer)
+    return {
+        "activations": cfg.micro_tokens * b * (3 * sizes.width + 4 * sizes.hidden),
+        "gathered weights": gathered if cfg.gpus else 0,
+    }
+
+
 def update(cfg: Config, role: str) -> Items:
-    """What the update of a policy or critic takes beside weights, moments and gradients, at its worst moment.
+    """What the update of a policy or critic takes at its peak, beside weights, moments and
+    gradients.
 
-    Bytes that autograd keeps per token and decoder layer; Q and K are the widths of all query and of all key heads, b is 2
-    (bfloat16), on a CPU 4:
+    A step has several micro-batches, so the gradients exist from the beginning.
+    """
+    peak_stage = max(_stages(cfg, role), key=sum)
+    return {
+        "activations": peak_stage.activations,
+        "logits": peak_stage.logits,
+        "gathered weights": peak_stage.weights,
+        "whole gradients": peak_stage.gradients,
+    }
 
-    | two norms | 2·(4 + 2b)·H | input in float32; normalised; times the norm's weight |
+
+class Stage(NamedTuple):
+    """Bytes at one stage of an update."""
+
+    activations: float
+    logits: float
+    weights: float  # gathered by FSDP
+    gradients: float  # whole, and apart from those that are kept until the optimizer step
+
+
+def _stages(cfg: Config, role: str) -> Iterator[Stage]:
+    """The stages of an update that can be its peak."""
+    sizes, b = shape(cfg.model), number_bytes(cfg)
+    stream = cfg.micro_tokens * b * sizes.hidden  # the hidden states between two layers
+    kept, recomputed, last = _activations(cfg, role)
+    gathered = _gathered(cfg, role)
+    wide = gradient_bytes(cfg)
+    logits = head = waiting = 0
+    if role == "policy":
+        logits = _logits(cfg)
+        head = sizes.vocab * sizes.hidden
+        # The head's gradient waits for the embedding's, or on GPUs for the rest of its FSDP group.
+        waiting = b * head if cfg.gpus or sizes.tied else 0
+
+    # Logits and their exponentials.
+    yield Stage(kept + last + stream, 8 * logits, gathered.weights, 0)
+    # Backward through the logits, on GPUs with a bfloat16 copy; the head's gradient in float32.
+    yield Stage(kept + last + 2 * stream, (4 + wide) * logits, gathered.weights, 4 * head)
+    # The head's gradient, on GPUs with a bfloat16 copy.
+    yield Stage(kept + last + 2 * stream, 0, gathered.weights, wide * head)
+    # Backward through the final norm, in float32.
+    norm = cfg.micro_tokens * 20 * sizes.hidden
+    yield Stage(kept + last + norm, 0, gathered.weights, waiting)
+    # Backward through the MLP of a layer.
+    mlp = cfg.micro_tokens * 2 * b * sizes.width + stream
+    yield Stage(kept + recomputed + mlp, 0, gathered.weights, waiting + gathered.layer_gradients)
+    # Backward through the embedding.
+    embedding = b * sizes.vocab * sizes.hidden
+    gradients = waiting + embedding + gathered.layer_gradients
+    yield Stage(stream, 0, gathered.root_weights, gradients)
+    # The sum over the ranks of the gradients of what is in no layer.
+    yield Stage(0, 0, 0, gathered.root_gradients)
+
+
+def gradient_bytes(cfg: Config) -> int:
+    """Bytes of a number of a gradient: in float32 and, on GPUs, also in bfloat16."""
+    return 4 + number_bytes(cfg) if cfg.gpus else 4
+
+
+def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
+    """What autograd keeps: of all decoder layers, of the one layer that is being recomputed, and of
+    the final norm and the value head.
+
+    Bytes per token and decoder layer, with H the hidden size, I the width of the MLP, Q and K the
+    widths of all query and of all key heads, and b the bytes of a number (2, on a CPU 4):
+
+    | two norms | 2·(4 + 2b)·H | input in float32; normalized; times the norm's weight |
     |---|---|---|
-    | attention | b·(3Q + 2K) + 4·heads | q, k, v unfolded by sequence; output, and folded back; log-sum-exp |
+    | attention | b·(3Q + 2K) + 4·heads | q, k, v by sequence; output, also repacked; log-sum-exp |
     | MLP | 4b·I | gate, SiLU(gate), up, their product |
 
-    With activation checkpointing b·H stay, and one layer at a time has all of it again. A step has several micro-batches, so
-    that gradients are there from the beginning.
+    With activation checkpointing b·H of them stay, and one layer at a time has all of them again.
     """
-    s, tokens, b = shape(cfg.model), cfg.micro_tokens, 2 if cfg.gpus else 4
-    is_policy, parameters = role == "policy", getattr(s, role)
-    Q, K, stream = s.heads * s.head_size, s.kv_heads * s.head_size, tokens * b * s.hidden
-    norm = tokens * 4 * s.hidden + 2 * stream
-    layer = 2 * norm + tokens * (b * (3 * Q + 2 * K) + 4 * s.heads + 4 * b * s.width)
-    kept, again = (
-        (s.layers * stream, layer) if cfg.activation_checkpointing else (s.layers * layer, 0)
-    )
-    last = norm + (
-        0 if is_policy else tokens * 4 * s.hidden - stream
-    )  # the value head reads the final norm in float32
+    sizes, b, tokens = shape(cfg.model), number_bytes(cfg), cfg.micro_tokens
+    Q = sizes.heads * sizes.head_size
+    K = sizes.kv_heads * sizes.head_size
+    stream = tokens * b * sizes.hidden
+    norm = tokens * 4 * sizes.hidden + 2 * stream
+    attention = b * (3 * Q + 2 * K) + 4 * sizes.heads
+    layer = 2 * norm + tokens * (attention + 4 * b * sizes.width)
+    last = norm
+    if role == "critic":  # the value head reads the final norm in float32
+        last += tokens * 4 * sizes.hidden - stream
+    if cfg.activation_checkpointing:
+        return sizes.layers * stream, layer, last
+    return sizes.layers * layer, 0, last
 
-    logits = (
-        min(
-            tokens * s.vocab,
-            max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], policy.LEAST * s.vocab),
-        )
-        * is_policy
+
+def _logits(cfg: Config) -> int:
+    """How many logits are held at once; policy.py splits the tokens into chunks."""
+    vocab = shape(cfg.model).vocab
+    chunk = max(policy.CHUNK["cuda" if cfg.gpus else "cpu"], policy.LEAST * vocab)
+    return min(cfg.micro_tokens * vocab, chunk)
+
+
+class Gathered(NamedTuple):
+    """Bytes of the weights that FSDP gathers, and of gradients before it sums them over the ranks.
+    The root holds what is in no layer."""
+
+    root_weights: float = 0
+    weights: float = 0  # the root's and those of two layers
+    layer_gradients: float = 0
+    root_gradients: float = 0
+
+
+def _gathered(cfg: Config, role: str) -> Gathered:
+    """FSDP gathers the root for a whole pass and two layers at a time. It sums in float32."""
+    if not cfg.gpus:
+        return Gathered()
+    sizes, b, wide = shape(cfg.model), number_bytes(cfg), gradient_bytes(cfg)
+    root = getattr(sizes, role) - sizes.layers * sizes.layer  # parameters
+    return Gathered(
+        root_weights=b * root,
+        weights=b * root + 2 * b * sizes.layer,
+        layer_gradients=wide * sizes.layer,
+        root_gradients=(wide + 4 / shards(cfg)) * root + 4 * sizes.layer,
     )
-    embedding = (
-        b * s.vocab * s.hidden
-    )  # a vocabulary head's gradient is as large, and summed in float32
-    wide = 4 + b * (cfg.gpus > 0)  # bytes of a gradient in float32 and, on GPUs, as it is handed on
-    head = embedding * (
-        is_policy and (cfg.gpus > 0 or s.tied)
-    )  # it waits for the embedding's, or for its FSDP group's
-    if cfg.gpus:  # FSDP gathers what is in no layer for a whole pass, and two layers at a time; it sums in float32
-        always = b * (parameters - s.layers * s.layer)
-        gathered, of_layer = always + 2 * b * s.layer, wide * s.layer
-        of_root = (wide + 4 / shards(cfg)) * (parameters - s.layers * s.layer) + 4 * s.layer
-    else:
-        always = gathered = of_layer = of_root = 0
-    names = ("activations", "logits", "gathered weights", "whole gradients")
-    moments = [
-        (kept + last + stream, 8 * logits, gathered, 0),  # logits and their exponentials
-        (
-            kept + last + 2 * stream,
-            (4 + wide) * logits,
-            gathered,
-            4 * s.vocab * s.hidden * is_policy,
-        ),
-        (kept + last + 2 * stream, 0, gathered, wide * s.vocab * s.hidden * is_policy),
-        (
-            kept + last + tokens * 20 * s.hidden,
-            0,
-            gathered,
-            head,
-        ),  # backward through the final norm, in float32
-        (
-            kept + again + tokens * 2 * b * s.width + stream,
-            0,
-            gathered,
-            head + of_layer,
-        ),  # through a layer's MLP
-        (stream, 0, always, head + embedding + of_layer),  # through the embedding
-        (0, 0, 0, of_root),  # what is in no layer is summed over the ranks
-    ]
-    return dict(zip(names, max(moments, key=sum), strict=True))
 
 
 def sampler(cfg: Config) -> Items:
-    """The awake engine. vLLM's cache is what its share of a GPU has left; transformers' holds the longest responses."""
-    s, longest = shape(cfg.model), cfg.prompt_tokens + cfg.response_tokens
-    if not cfg.gpus:
-        rows = min(cfg.max_num_seqs, cfg.prompts * cfg.samples)
-        weights, busy, cached = 4 * s.policy, 24 * rows * s.vocab, rows * longest * kv_bytes(cfg)
-    else:
-        weights = 2 * s.policy / cfg.tensor_parallel
-        prompts = max(longest, 8192) * 2 * (3 * s.width + 2 * s.hidden) / cfg.tensor_parallel
-        busy = prompts + 12 * cfg.max_num_seqs * s.vocab + GRAPHS
+    """The sampler while it is awake. vLLM's cache is the rest of its share of a GPU; that of
+    transformers holds the longest responses."""
+    sizes = shape(cfg.model)
+    longest = cfg.prompt_tokens + cfg.response_tokens
+    if cfg.gpus:
+        weights = 2 * sizes.policy / cfg.tensor_parallel
+        widths = 3 * sizes.width + 2 * sizes.hidden
+        prompts = max(longest, 8192) * 2 * widths / cfg.tensor_parallel
+        busy = prompts + 12 * cfg.max_num_seqs * sizes.vocab + GRAPHS
         cached = cfg.vllm_memory * cfg.gpu_memory * GB - weights - busy
+    else:
+        sequences = min(cfg.max_num_seqs, cfg.prompts * cfg.samples)
+        weights = 4 * sizes.policy
+        busy = 24 * sequences * sizes.vocab
+        cached = sequences * longest * kv_bytes(cfg)
     return {"sampler weights": weights, "sampler at work": busy, "key-value cache": cached}
 
 
 def kv_bytes(cfg: Config) -> float:
     """Bytes of a token's keys and values on one GPU."""
-    s = shape(cfg.model)
-    return (
-        2 * s.layers * ceil(s.kv_heads / cfg.tensor_parallel) * s.head_size * (2 if cfg.gpus else 4)
-    )
-
-
-def memory(cfg: Config) -> dict[str, Items]:
-    """Bytes on one GPU by phase and item, every phase at its worst moment."""
-    s, b, phases, offload = shape(cfg.model), 2 if cfg.gpus else 4, {}, cfg.offload and cfg.gpus > 0
-    for phase in ("sample", "values", "critic", "policy", "sync"):
-        if phase in ("values", "critic") and "critic" not in cfg.roles:
-            continue
-        items: Items = {}
-        for role in cfg.roles:
-            here, passing = (
-                not offload or role == phase,
-                (role, phase) in (("critic", "values"), ("policy", "sync")),
-            )
-            states = {
-                "weights": 4 * (here or passing),
-                "moments": 8 * here,
-                "gradients": 4 * (role == phase),
-            }
-            items |= {
-                f"{role} {name}": n * getattr(s, role) / shards(cfg)
-                for name, n in states.items()
-                if n
-            }
-        if phase in cfg.roles:
-            items |= update(cfg, phase)
-        if phase == "values":  # without gradient: the MLP of one layer at a time
-            items["activations"] = cfg.micro_tokens * b * (3 * s.width + 4 * s.hidden)
-            items["gathered weights"] = b * (s.critic - (s.layers - 3) * s.layer) if cfg.gpus else 0
-        if cfg.kl_loss or cfg.kl_reward:
-            items["reference weights"] = 4 * s.policy / shards(cfg)
-        asleep = {"sampler at work": GRAPHS} if cfg.gpus else {"sampler weights": 4 * s.policy}
-        items |= sampler(cfg) if phase in ("sample", "sync") else asleep
-        phases[phase] = items | ({"CUDA, NCCL": CONTEXT} if cfg.gpus else {})
-    return phases
+    sizes = shape(cfg.model)
+    kv_heads = ceil(sizes.kv_heads / cfg.tensor_parallel)
+    return 2 * sizes.layers * kv_heads * sizes.head_size * number_bytes(cfg)
 
 
 def peak(cfg: Config) -> tuple[str, float]:
-    """The phase that needs most, and its bytes."""
-    return max(
-        ((phase, sum(items.values())) for phase, items in memory(cfg).items()), key=lambda x: x[1]
-    )
+    """The phase that needs most memory, and its bytes."""
+    needs = {phase: sum(items.values()) for phase, items in memory(cfg).items()}
+    most = max(needs, key=needs.__getitem__)
+    return most, needs[most]
+
+
+# ── does it fit, and what to change ───────────────────────────────────────────────────────────────
 
 
 def obstacles(cfg: Config) -> list[str]:
     """Why the run cannot work; empty if it fits."""
-    (phase, need), longest, found = peak(cfg), cfg.prompt_tokens + cfg.response_tokens, []
+    found = []
+    phase, need = peak(cfg)
     if need > cfg.gpu_memory * GB:
         found.append(f"{phase} needs {need / GB:.1f} of {cfg.gpu_memory:g} GB")
+    longest = cfg.prompt_tokens + cfg.response_tokens
     if sampler(cfg)["key-value cache"] < longest * kv_bytes(cfg):
-        found.append(
-            f"vLLM's {cfg.vllm_memory * cfg.gpu_memory:.1f} GB cannot hold one sequence of {longest:,} tokens"
-        )
+        share = cfg.vllm_memory * cfg.gpu_memory
+        found.append(f"vLLM's {share:.1f} GB cannot hold one sequence of {longest:,} tokens")
     if max(1, cfg.gpus) % cfg.tensor_parallel or shape(cfg.model).heads % cfg.tensor_parallel:
         found.append(
-            f"--tensor-parallel {cfg.tensor_parallel} does not divide the GPUs and the attention heads"
+            f"--tensor-parallel {cfg.tensor_parallel} does not divide the GPUs and the attention "
+            "heads"
         )
     return found
 
 
 def largest_micro_tokens(cfg: Config) -> int:
     """The largest --micro-tokens that fits; 0 if none does."""
-    return bisect_left(
-        range(1, 2**24), True, key=lambda tokens: bool(obstacles(replace(cfg, micro_tokens=tokens)))
-    )
+
+    def too_large(tokens: int) -> bool:
+        return bool(obstacles(replace(cfg, micro_tokens=tokens)))
+
+    # The index of the first that is too large is the one before it, as the range begins with 1.
+    return bisect_left(range(1, 2**24), True, key=too_large)
 
 
 def remedy(cfg: Config) -> Config | None:
-    """The setting nearest to `cfg` that fits: changed is first what costs no time, last what costs most."""
-    options: dict[str, list[Any]] = {
-        "vllm_memory": [i / 20 for i in range(2, 19)], "micro_tokens": [cfg.prompt_tokens + cfg.response_tokens],
-        "rows": [16], "tensor_parallel": [1, 2, 4, 8], "activation_checkpointing": [True], "offload": [True],
-    }  # fmt: skip
+    """The setting nearest to `cfg` that fits. What costs no time is changed first, what costs most
+    last."""
+    options: dict[str, list[Any]] = {  # cheapest first
+        "vllm_memory": [i / 20 for i in range(2, 19)],
+        "micro_tokens": [cfg.prompt_tokens + cfg.response_tokens],
+        "max_num_seqs": [16],
+        "tensor_parallel": [1, 2, 4, 8],
+        "activation_checkpointing": [True],
+        "offload": [True],
+    }
 
     def cost(other: Config) -> tuple[int, float]:
-        changed = sum(
-            2**i for i, name in enumerate(options) if getattr(other, name) != getattr(cfg, name)
-        )
-        return changed, abs(other.vllm_memory - cfg.vllm_memory)
+        changed = [getattr(other, name) != getattr(cfg, name) for name in options]
+        weight = sum(2**i for i, is_changed in enumerate(changed) if is_changed)
+        return weight, abs(other.vllm_memory - cfg.vllm_memory)
 
-    values = product(*({getattr(cfg, name), *more} for name, more in options.items()))
-    variants = sorted(
-        (replace(cfg, **dict(zip(options, chosen, strict=True))) for chosen in values), key=cost
-    )
-    return next((variant for variant in variants if not obstacles(variant)), None)
-
-
-def work(cfg: Config) -> dict[str, tuple[float, float]]:
-    """Phase of a step → floating-point operations, and seconds if the GPUs were H100s; `show` says what is assumed.
-
-    Forward, a token costs 2 operations per weight and, attention being causal, 2·Q per layer and token of its sequence;
-    backward twice that, and activation checkpointing once more, as always for logits. The critic's mini-batches together
-    use every response once, so that policy and critic read the same tokens.
-    """
-    s, gpus, count = shape(cfg.model), max(1, cfg.gpus), cfg.prompts * cfg.samples
-    prompt, response = min(PROMPT, cfg.prompt_tokens), cfg.response_tokens * MEAN
-    length = prompt + response
-    body = count * length * s.layers * (2 * s.layer + 2 * s.heads * s.head_size * length)
-    whole = body + count * response * 2 * s.vocab * s.hidden
-    passes, old = (
-        4 if cfg.activation_checkpointing else 3,
-        whole * (cfg.policy_steps > 1),
-    )  # log π_old: a pass of its own
-    update = passes * body + 4 * (whole - body)  # logits are computed twice in any case
-    flops = {
-        "sample": whole,
-        "values": body,
-        "critic": passes * body,
-        "policy": update + old,
-        "sync": 0.0,
-    }
-    seconds = {phase: f / (gpus * FLOPS * MFU) for phase, f in flops.items()}
-
-    # An engine decodes `rows` sequences at once; for every token it reads its weights, and keys and values of all of them.
-    responses = count * cfg.tensor_parallel / gpus
-    rows = max(
-        1.0,
-        min(cfg.max_num_seqs, responses, sampler(cfg)["key-value cache"] / kv_bytes(cfg) / length),
-    )
-    weights = 2 * s.policy / cfg.tensor_parallel / (HBM * HBM_SHARE)
-    read = weights + rows * (prompt + response / 2) * kv_bytes(cfg) / (HBM * HBM_SHARE)
-    seconds["sample"] = max(
-        seconds["sample"], responses / rows * response * read, cfg.response_tokens * weights
-    )
-    seconds["sync"] = 2 * s.policy / COPY
-    if cfg.offload:
-        moved = {
-            "values": 4 * s.critic,
-            "critic": 12 * s.critic,
-            "policy": 12 * s.policy,
-            "sync": 4 * s.policy,
-        }
-        seconds |= {
-            phase: seconds[phase] + 2 * moved[phase] / shards(cfg) / COPY for phase in moved
-        }
-    return {phase: (flops[phase], seconds[phase]) for phase in memory(cfg)}
-
-
-def show(cfg: Config) -> str:
-    """The plan as text."""
-    place = (
-        f"{cfg.gpus} × {cfg.gpu_memory:g} GB" if cfg.gpus else f"a CPU with {cfg.gpu_memory:g} GB"
-    )
-    text = [
-        f"{cfg.model} ({shape(cfg.model).policy:,} parameters) on {place}; computed, not measured"
+    values = [{getattr(cfg, name), *others} for name, others in options.items()]
+    variants = [
+        replace(cfg, **dict(zip(options, chosen, strict=True))) for chosen in product(*values)
     ]
-    settings = {
-        f"with{'' if o else 'out'} --offload": replace(cfg, offload=o)
-        for o in (False, True)[: 1 + bool(cfg.gpus)]
-    }
-    scale, unit = (GB, "GB") if peak(cfg)[1] > GB else (1e6, "MB")
-    for title, setting in settings.items():
-        phases = memory(setting)
-        names = dict.fromkeys(name for items in phases.values() for name in items)
-        rows = [
-            [name, *(items.get(name, 0) / scale for items in phases.values())] for name in names
-        ]
-        rows = [
-            *sorted(rows, key=lambda row: -max(row[1:])),
-            ["sum", *(sum(p.values()) / scale for p in phases.values())],
-        ]
-        text += _grid([f"{unit} {title}", *phases], rows, ".1f")
-        text += [
-            f"most in {peak(setting)[0]}; the largest --micro-tokens that fits is {largest_micro_tokens(setting):,}"
-        ]
-    if cfg.gpus:
-        rows = [["PFLOP", *(flops / 1e15 for flops, _ in work(cfg).values())]]
-        rows += [
-            [f"seconds {title}", *(seconds for _, seconds in work(o).values())]
-            for title, o in settings.items()
-        ]
-        text += _grid(["a step", *work(cfg), "all"], [[*row, sum(row[1:])] for row in rows], ",.0f")
-        host = (
-            12
-            * sum(getattr(shape(cfg.model), role) for role in cfg.roles)
-            * cfg.replicas
-            / ceil(cfg.gpus / 8)
-            / GB
-        )
-        prompt, response = min(PROMPT, cfg.prompt_tokens), cfg.response_tokens * MEAN
-        text += [f"assumed: {ASSUMED}; mean prompt {prompt} tokens, mean response {response:,.0f}"]
-        text += [f"host memory that --offload fills on a node: {host:.0f} GB"]
-    return "\n".join([*text, "", verdict(cfg)])
-
-
-def _grid(header: list[str], rows: list[list[Any]], form: str) -> list[str]:
-    cells = [
-        header,
-        *([row[0], *(f"{x:{form}}" if x else "" for x in row[1:])] for row in rows if any(row[1:])),
-    ]
-    return ["", *(f"{first:25}" + "".join(f"{cell:>9}" for cell in rest) for first, *rest in cells)]
+    for variant in sorted(variants, key=cost):
+        if not obstacles(variant):
+            return variant
+    return None
 
 
 def verdict(cfg: Config) -> str:
     """Whether it fits, and if not, what to change."""
-    if not (why := obstacles(cfg)):
+    why = "; ".join(obstacles(cfg))
+    if not why:
         return "It fits."
-    doubled = (replace(cfg, gpus=cfg.gpus * 2**i) for i in range(10 if cfg.gpus else 1))
-    better = next(filter(None, map(remedy, doubled)), None)
-    hope = (
-        f"It fits with {flags(better, cfg)}."
-        if better
-        else "No setting helps: take a smaller model or more memory."
-    )
-    return f"It does not fit: {'; '.join(why)}. {hope}"
+    for doublings in range(10 if cfg.gpus else 1):
+        better = remedy(replace(cfg, gpus=cfg.gpus * 2**doublings))
+        if better:
+            return f"It does not fit: {why}. It fits with {flags(better, cfg)}."
+    return f"It does not fit: {why}. No setting helps: use a smaller model or more memory."
 
 
 def flags(cfg: Config, base: Config) -> str:
     """The flags that make `base` into `cfg`."""
-    changed = {
-        f.name: getattr(cfg, f.name)
-        for f in fields(cfg)
-        if getattr(cfg, f.name) != getattr(base, f.name)
+    words = []
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if value == getattr(base, field.name):
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return " ".join(words)
+
+
+# ── time ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def work(cfg: Config) -> dict[str, tuple[float, float]]:
+    """Phase of a step → floating-point operations, and seconds if the GPUs were H100s. `show`
+    prints what is assumed."""
+    flops = _operations(cfg)
+    seconds = {phase: count / (max(1, cfg.gpus) * FLOPS * MFU) for phase, count in flops.items()}
+    seconds["sample"] = max(seconds["sample"], _decoding_seconds(cfg))
+    seconds["sync"] = 2 * shape(cfg.model).policy / COPY
+    if cfg.offload:
+        for phase, count in _offloaded_bytes(cfg).items():
+            seconds[phase] += 2 * count / shards(cfg) / COPY
+    return {phase: (flops[phase], seconds[phase]) for phase in phases(cfg)}
+
+
+def _mean_tokens(cfg: Config) -> tuple[int, float]:
+    """Tokens of a mean prompt and of a mean response."""
+    return min(PROMPT, cfg.prompt_tokens), cfg.response_tokens * MEAN
+
+
+def _operations(cfg: Config) -> dict[str, float]:
+    """Floating-point operations of each phase.
+
+    In a forward pass a token costs 2 operations per weight and, because attention is causal, 2·Q
+    per layer and token of its sequence, with Q the width of all query heads. A backward pass
+    costs twice that. Activation checkpointing adds a forward pass, and the logits are computed
+    again in any case. The critic's mini-batches together use every response once, so that policy
+    and critic read the same tokens.
+    """
+    sizes = shape(cfg.model)
+    count = cfg.prompts * cfg.samples
+    prompt, response = _mean_tokens(cfg)
+    length = prompt + response
+    attention = 2 * sizes.heads * sizes.head_size * length
+    body = count * length * sizes.layers * (2 * sizes.layer + attention)
+    whole = body + count * response * 2 * sizes.vocab * sizes.hidden
+    passes = 4 if cfg.activation_checkpointing else 3
+    policy_update = passes * body + 4 * (whole - body)
+    if cfg.policy_steps > 1:  # log π_old takes a forward pass of its own
+        policy_update += whole
+    return {
+        "sample": whole,
+        "values": body,
+        "critic": passes * body,
+        "policy": policy_update,
+        "sync": 0.0,
     }
-    return " ".join(
-        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
-        for name, value in changed.items()
-    )
+
+
+def _decoding_seconds(cfg: Config) -> float:
+    """How long decoding takes if memory bandwidth limits it.
+
+    vLLM decodes `max_num_seqs` sequences at once. For every token it reads its weights, and the
+    keys and values of all these sequences.
+    """
+    sizes = shape(cfg.model)
+    prompt, response = _mean_tokens(cfg)
+    responses = cfg.prompts * cfg.samples * cfg.tensor_parallel / max(1, cfg.gpus)
+    in_cache = sampler(cfg)["key-value cache"] / kv_bytes(cfg) / (prompt + response)
+    sequences = max(1.0, min(cfg.max_num_seqs, responses, in_cache))
+    weights = 2 * sizes.policy / cfg.tensor_parallel / (HBM * HBM_SHARE)
+    caches = sequences * (prompt + response / 2) * kv_bytes(cfg) / (HBM * HBM_SHARE)
+    every_response = responses / sequences * response * (weights + caches)
+    longest_response = cfg.response_tokens * weights
+    return max(every_response, longest_response)
+
+
+def _offloaded_bytes(cfg: Config) -> dict[str, int]:
+    """Bytes that --offload moves to the GPUs for a phase, and back after it."""
+    sizes = shape(cfg.model)
+    return {
+        "values": 4 * sizes.critic,
+        "critic": 12 * sizes.critic,
+        "policy": 12 * sizes.policy,
+        "sync": 4 * sizes.policy,
+    }
+
+
+# ── as text ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(cfg: Config) -> str:
+    """The plan as text, with and without --offload."""
+    place = f"a CPU with {cfg.gpu_memory:g} GB"
+    variants = {"without --offload": replace(cfg, offload=False)}
+    if cfg.gpus:
+        place = f"{cfg.gpus} × {cfg.gpu_memory:g} GB"
+        variants["with --offload"] = replace(cfg, offload=True)
+    parameters = shape(cfg.model).policy
+    lines = [f"{cfg.model} ({parameters:,} parameters) on {place}; computed, not measured"]
+    in_gb = peak(cfg)[1] > GB
+    for title, variant in variants.items():
+        lines += _memory_table(variant, title, in_gb)
+    if cfg.gpus:
+        lines += _time_table(variants)
+    return "\n".join([*lines, "", verdict(cfg)])
+
+
+def _memory_table(cfg: Config, title: str, in_gb: bool) -> list[str]:
+    scale, unit = (GB, "GB") if in_gb else (1e6, "MB")
+    needs = memory(cfg)
+    names = dict.fromkeys(name for items in needs.values() for name in items)
+    rows = [[name, *(items.get(name, 0) / scale for items in needs.values())] for name in names]
+    rows.sort(key=lambda row: -max(row[1:]))
+    rows.append(["sum", *(sum(items.values()) / scale for items in needs.values())])
+    largest = largest_micro_tokens(cfg)
+    return [
+        *_grid([f"{unit} {title}", *needs], rows, ".1f"),
+        f"most in {peak(cfg)[0]}; the largest --micro-tokens that fits is {largest:,}",
+    ]
+
+
+def _time_table(variants: dict[str, Config]) -> list[str]:
+    cfg = variants["without --offload"]
+    rows = [["PFLOP", *(flops / 1e15 for flops, _ in work(cfg).values())]]
+    for title, variant in variants.items():
+        rows.append([f"seconds {title}", *(seconds for _, seconds in work(variant).values())])
+    for row in rows:
+        row.append(sum(row[1:]))
+    parameters = sum(getattr(shape(cfg.model), role) for role in cfg.trained_roles)
+    host = 12 * parameters * cfg.replicas / ceil(cfg.gpus / 8) / GB
+    prompt, response = _mean_tokens(cfg)
+    return [
+        *_grid(["a step", *work(cfg), "all"], rows, ",.0f"),
+        f"assumed: {ASSUMED}; mean prompt {prompt} tokens, mean response {response:,.0f}",
+        f"host memory that --offload fills on a node: {host:.0f} GB",
+    ]
+
+
+def _grid(header: list[str], rows: list[list[Any]], form: str) -> list[str]:
+    """A table in columns, after an empty line; zeros stay blank, and rows of zeros are left out."""
+    lines = [header]
+    for name, *numbers in rows:
+        if any(numbers):
+            lines.append([name, *(f"{number:{form}}" if number else "" for number in numbers)])
+    return ["", *(f"{first:25}" + "".join(f"{cell:>9}" for cell in rest) for first, *rest in lines)]
 
 
 def hardware_table() -> str:
-    """Which Qwen2.5 fits where, and the flags it takes beside the preset's; Markdown."""
-    places = {f"{n} × {size} GB": (n, size) for n, size in ((1, 24), (1, 40), (1, 80), (8, 80))}
-    places["2 × 8 × 80 GB"] = (16, 80)
+    """Which Qwen2.5 fits where, and the flags that it needs beside the preset's; Markdown."""
+    places = {
+        "1 × 24 GB": (1, 24),
+        "1 × 40 GB": (1, 40),
+        "1 × 80 GB": (1, 80),
+        "8 × 80 GB": (8, 80),
+        "2 × 8 × 80 GB": (16, 80),
+    }
     lines = [f"| | {' | '.join(places)} |", "|---" * (1 + len(places)) + "|"]
     for model, preset in QWEN.items():
-        cfgs = [
-            Config(**{"model": model, "gpus": n, "gpu_memory": size} | preset)
-            for n, size in places.values()
-        ]
-        pairs = [(cfg, remedy(cfg)) for cfg in cfgs]
-        cells = [
-            "–" if not best else f"`{flags(best, cfg)}`" if best != cfg else "yes"
-            for cfg, best in pairs
-        ]
+        cells = []
+        for gpus, gigabytes in places.values():
+            settings = {"model": model, "gpus": gpus, "gpu_memory": gigabytes} | preset
+            cells.append(_hardware_cell(Config(**settings)))
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def _hardware_cell(cfg: Config) -> str:
+    best = remedy(cfg)
+    if best is None:
+        return "–"
+    return "yes" if best == cfg else f"`{flags(best, cfg)}`"
+
+
+def print_hardware_table() -> None:
+    """Print which model fits where."""
     print(hardware_table())
+
+
+def main() -> None:
+    """Command line; it takes no options."""
+    tyro.cli(print_hardware_table, description=__doc__, prog="python -m tools.plan")
+
+
+if __name__ == "__main__":
+    main()
