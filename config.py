@@ -1,4 +1,4 @@
-"""Every setting of a run, and the checks that need nothing else."""
+"""Every setting of a run, with its meaning and its source; the command line is made from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,53 +7,106 @@ from typing import Any, Literal
 
 import tyro
 
+STOP = ("User:", "Human:", "Assistant:", "</answer>")  # §3.1; a response is over after </answer>
+
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run. The defaults are the paper's (arXiv 2503.24290, §3.1); `--model` brings those of a size.
-    Where the authors' code differs from the paper, the field says so."""
+class Sampling:
+    """What a sampler is asked for. The paper's values: T = 1, top-p 1, at most 8,000 tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = STOP
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled: the settings that all programs share."""
+
+    seed: int = 0
+    """Every random stream of the run derives from it."""
+    temperature: float = 1.0
+    """Sampling temperature (§3.1)."""
+    top_p: float = 1.0
+    """Nucleus sampling mass (§3.1)."""
+    response_tokens: int = 8000
+    """Longest response; one that reaches it is truncated and gets reward 0 (authors' code: 8,000;
+    32B: 16k context)."""
+    template: Literal["authors", "paper"] = "authors"
+    """Prompt wording: the one the released models were trained with, or the paper's Table 1."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights
+    are always float32."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """These settings as a request to a sampler."""
+        return Sampling(self.response_tokens, self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class BatchSettings(SamplingSettings):
+    """How many responses are sampled and graded at once: shared by train.py and evaluate.py."""
+
+    prompt_tokens: int = 2048
+    """Longest prompt; a longer one is an error and is never cut (authors' code: 2,048, cut)."""
+    drop_bad_rows: bool = False
+    """Leave out problems whose gold answer cannot be parsed or whose prompt is too long, instead of
+    stopping."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM where
+    there are a GPU and vLLM, otherwise transformers."""
+    max_num_seqs: int = 256
+    """Sequences that the sampler decodes at once."""
+    vllm_memory: float = 0.4
+    """Share of the GPU's memory that vLLM may take."""
+    tensor_parallel: int = 1
+    """Ranks that share one vLLM engine."""
+    require_boxed: bool = False
+    """Accept only answers in \\boxed{} inside the answer tags, as the authors' code does."""
+    grader_workers: int = 2
+    """Processes that grade."""
+    grader_seconds: float = 3.0
+    """Deadline per answer; an answer that takes longer counts as wrong and as a timeout."""
+    threads: int = 0
+    """CPU threads of this process; 0: torch's choice. One thread suits small matrices and leaves a
+    core to the grader."""
+    timeout_minutes: float = 120.0
+    """How long a rank waits for the others before it ends the run."""
+
+
+@dataclass(frozen=True)
+class Config(BatchSettings):
+    """Settings of train.py. The defaults are the paper's (arXiv 2503.24290, §3.1); `--model` adds
+    those of a size. Where the authors' code differs from the paper, the field says so."""
 
     model: str = "tiny"
-    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, made here in under two minutes; or
-    `tiny-long`, the test bed of the experiments."""
+    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, which is made here in
+    under two minutes; or `tiny-long`, the test bed of the experiments."""
     data: str = ""
-    """Training problems: a file in the authors' form, JSON lines with question and answer, a hub id, or what else curation/formats.py
-    knows. `tiny` brings its own."""
+    """Training problems: a file in the authors' form, JSON lines with question and answer, a hub
+    id, or any other layout that curation/formats.py knows. `tiny` brings its own."""
     eval_data: tuple[str, ...] = ()
-    """Held-out problems: files, or benchmarks by name (math500, aime2024 …, see evaluate.py); none: no evaluation."""
+    """Held-out problems: files, or benchmarks by name (math500, aime2024 …, see evaluate.py); none:
+    no evaluation."""
     name: str = ""
     """Name of the run; its folder is <runs>/<name>. Default: the model's name and the seed."""
     runs: str = "runs"
     """Folder of all runs."""
     overwrite: bool = False
     """Replace the run folder if it already holds a run."""
-    seed: int = 0
-    """Every random stream of the run derives from it (and, for `tiny`, the base model's)."""
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM where there are
-    a GPU and vLLM, else transformers."""
 
     steps: int = 1000
-    """Iterations of rollout and update. (The 32B run took 1,100, then 100 annealing.)"""
+    """Iterations of rollout and update. (The 32B run took 1,100, then 100 of annealing.)"""
     prompts: int = 128
     """Problems per iteration (§3.1)."""
     samples: int = 64
     """Responses per problem (§3.1)."""
-    prompt_tokens: int = 2048
-    """Longest prompt; a longer one is an error, never cut (authors' code: 2,048, cut)."""
-    response_tokens: int = 8000
-    """Longest response; one that reaches it is truncated and gets reward 0 (authors' code: 8,000; 32B: 16k context)."""
-    temperature: float = 1.0
-    """Sampling temperature (§3.1)."""
-    top_p: float = 1.0
-    """Nucleus sampling mass (§3.1)."""
-    template: Literal["authors", "paper"] = "authors"
-    """Prompt wording: the one the released models were trained with, or Table 1's."""
-    drop_bad_rows: bool = False
-    """Leave out rows whose gold answer cannot be parsed or whose prompt is too long, instead of stopping."""
 
     advantage: Literal["gae", "grpo"] = "gae"
-    """gae: PPO with a critic, the paper. grpo: group-normalised rewards and no critic, its comparison."""
+    """gae: PPO with a critic, the paper's method. grpo: group-normalized rewards and no critic, its
+    comparison."""
     gamma: float = 1.0
     """Discount γ of GAE (§3.1; §3.3 shows why)."""
     lam: float = 1.0
@@ -69,91 +122,82 @@ class Config:
     critic_lr: float = 5e-6
     """Learning rate of the critic (§3.1)."""
     policy_lr_warmup: int = 50
-    """Policy optimizer steps of linear warm-up (§3.1)."""
+    """Policy optimizer steps of linear learning-rate warm-up (§3.1)."""
     critic_lr_warmup: int = 50
-    """Critic optimizer steps of linear warm-up (§3.1)."""
+    """Critic optimizer steps of linear learning-rate warm-up (§3.1)."""
     anneal_steps: int = 0
-    """Anneal the policy's rate linearly over this many policy steps (the paper's last stage: 100); 0: constant."""
+    """Anneal the policy's learning rate linearly over this many policy steps (the paper's last
+    stage: 100); 0: constant."""
     anneal_to: float = 3e-7
-    """Rate at the end of annealing (§3.1)."""
+    """Learning rate at the end of annealing (§3.1)."""
     max_grad_norm: float = 1.0
-    """Gradient norm is clipped to it, policy and critic apart (authors' code)."""
+    """The gradient norm is clipped to it, for policy and critic separately (authors' code)."""
     value_clip: float = 0.0
-    """0: the paper's squared error (Eq. 2); 0.2: the authors' clipped one."""
+    """0: the paper's squared error (Eq. 2); 0.2: the authors' clipped error."""
     value_head: Literal["authors", "paper", "zeros"] = "authors"
     """Initial value head: N(0, 1/(d+1)²), the paper's printed U(−√5, √5), or 0."""
     kl_loss: float = 0.0
-    """Coefficient of a KL loss to the base model (Fig. 8's ablation; the recipe has none)."""
+    """Coefficient of a KL loss to the base model (the ablation of Fig. 8; the recipe has none)."""
     kl_reward: float = 0.0
-    """Coefficient β of a KL penalty in the reward (Fig. 8's ablation; the recipe has none)."""
+    """Coefficient β of a KL penalty in the reward (the ablation of Fig. 8; the recipe has none)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of both KL terms."""
     tis_cap: float = 0.0
-    """Cap of truncated importance sampling against sampler-trainer mismatch; 0: off, as in the paper."""
+    """Cap of truncated importance sampling, which corrects for sampler-trainer mismatch; 0: off, as
+    in the paper."""
 
     reward: str = ""
-    """A reward of your own, module:function of (response, problem); none: the paper's, 1 for the right answer and else 0."""
-    require_boxed: bool = False
-    """Accept only answers in \\boxed{} inside the answer tags, as the authors' code does."""
-    grader_workers: int = 2
-    """Processes that grade."""
-    grader_seconds: float = 3.0
-    """Deadline per answer; one that takes longer counts as wrong and as a timeout."""
+    """A reward of your own, module:function of (response, problem); none: the paper's, 1 for the
+    right answer, else 0."""
     eval_every: int = 0
     """Evaluate every so many iterations; 0: only before and after the training."""
     eval_samples: int = 1
     """Responses per held-out problem (the paper's tables: 16)."""
     micro_tokens: int = 16384
-    """Input tokens of a packed micro-batch; changes memory, not results (authors' packing length at 7B)."""
-    max_num_seqs: int = 256
-    """Sequences the sampler holds at once."""
-    threads: int = 0
-    """CPU threads of this process; 0: torch's choice. One suits small matrices, and leaves a core to the grader."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights are float32 always."""
-    vllm_memory: float = 0.4
-    """Share of the GPU's memory that vLLM may take."""
+    """Input tokens of a packed micro-batch; changes memory, not results (authors' packing length at
+    7B)."""
     max_logp_gap: float = 0.1
-    """Refuse to start when sampler and trainer differ by more than this per token on average (nats): a wrong sampler."""
+    """Refuse to start when sampler and trainer differ by more nats per token on average: the
+    sampler is wrong."""
     keep_rollouts: int = 16
-    """Responses of each iteration written to rollouts.jsonl."""
+    """Responses of each iteration that are written to rollouts.jsonl."""
     keep_tokens: int = 4
-    """Of those, how many keep V(s_t), Â_t and the log-probability of every token; the run's page colours them."""
+    """How many of these keep V(s_t), Â_t and the log-probability of every token; the run's page
+    colors them."""
 
     init_critic: str = ""
-    """Folder of a trained critic to begin with (an export of ours, or one of the authors'); none: the base model."""
+    """Folder of a trained critic to start from (an export of ours, or one of the authors'); none:
+    the base model."""
     activation_checkpointing: bool = False
-    """Keep one hidden state per layer for the backward pass and compute the rest again: less memory, a third more work."""
+    """Keep one hidden state per layer for the backward pass and recompute the rest: less memory, a
+    third more work."""
     compile: bool = False
     """Compile the decoder layers of policy and critic (GPUs; a CPU needs a C++ compiler)."""
     offload: bool = False
     """Hold policy, critic and their optimizers in host memory except in their own phases (GPUs)."""
     replicas: int = 1
-    """Copies of the sharded models: each is sharded over ranks / replicas ranks, in rank order. With as many replicas as
-    nodes, only gradients cross between nodes (hybrid sharding)."""
-    tensor_parallel: int = 1
-    """Ranks that share one vLLM engine."""
-    timeout_minutes: float = 120.0
-    """How long a rank waits for the others before it gives the run up."""
+    """Copies of the sharded models: each is sharded over ranks / replicas ranks, in rank order.
+    With as many replicas as nodes, only gradients cross between nodes (hybrid sharding)."""
     checkpoint_every: int = 20
-    """Iterations between checkpoints; 0: none but at a SIGTERM or SIGINT."""
+    """Iterations between checkpoints; 0: none, except after a SIGTERM or SIGINT."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     resume: str = ""
-    """auto: go on from the newest complete checkpoint of this run, if there is one; or a checkpoint folder."""
+    """auto: continue from the newest complete checkpoint of this run, if there is one; or a
+    checkpoint folder."""
     save_rollouts: bool = False
-    """Write every iteration's rollouts, ids and all, to the run's rollouts/ folder."""
+    """Write every iteration's rollouts, token ids included, to the run's rollouts/ folder."""
     replay: str = ""
     """Train on the rollouts that --save-rollouts left in this folder; nothing is sampled."""
     plan: bool = False
     """Print memory and time of the run on --gpus GPUs of --gpu-memory GB, and stop."""
     gpus: int = 8
-    """GPUs that --plan reckons with."""
+    """Number of GPUs that --plan assumes."""
     gpu_memory: float = 80.0
-    """Memory of one of them, GB, for --plan."""
+    """Memory of one GPU in GB that --plan assumes."""
 
     @property
-    def roles(self) -> list[str]:
+    def trained_roles(self) -> list[str]:
         """The models that train."""
         return ["policy", "critic"] if self.advantage == "gae" else ["policy"]
 
@@ -171,38 +215,42 @@ QWEN: dict[str, dict[str, Any]] = {
     },
 }
 TINY: dict[str, Any] = {
-    "steps": 60, "prompts": 32, "samples": 8, "prompt_tokens": 64, "response_tokens": 160, "policy_lr": 5e-4,
-    "critic_lr": 2e-3, "policy_lr_warmup": 10, "critic_lr_warmup": 20, "micro_tokens": 8192,
+    "steps": 60,
+    "prompts": 32,
+    "samples": 8,
+    "prompt_tokens": 64,
+    "response_tokens": 160,
+    "policy_lr": 5e-4,
+    "critic_lr": 2e-3,
+    "policy_lr_warmup": 10,
+    "critic_lr_warmup": 20,
+    "micro_tokens": 8192,
     "threads": 1,
-}  # fmt: skip
-PRESETS = QWEN | {
-    "tiny": TINY,
-    "tiny-long": TINY | {"steps": 40, "prompts": 16, "response_tokens": 192},
 }
+TINY_LONG = TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}
+PRESETS = QWEN | {"tiny": TINY, "tiny-long": TINY_LONG}
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Command line → Config: the preset of `--model` first, then the flags given. An unknown flag is an error that names
-    the nearest; a bare size such as Qwen2.5-7B becomes its hub id."""
+def parse(argv: Sequence[str], description: str = "") -> Config:
+    """Command line → Config: first the preset of `--model`, then the flags given. An unknown flag
+    is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id."""
     model = _flag(argv, "model") or "tiny"
     preset = PRESETS.get(model.removeprefix("Qwen/"), {})
+    default = Config(**{"model": model} | preset)
     cfg = tyro.cli(
-        Config,
-        args=list(argv),
-        default=Config(**{"model": model} | preset),
-        description=__doc__,
-        prog="train.py",
+        Config, args=list(argv), default=default, description=description, prog="train.py"
     )
     name = cfg.name or f"{Path(cfg.model).name}-seed{cfg.seed}"
     return replace(cfg, model=hub_id(cfg.model), name=name)
 
 
 def hub_id(model: str) -> str:
-    """A bare size such as Qwen2.5-7B as its hub id; anything else as it is."""
+    """A bare size such as Qwen2.5-7B as its hub id; anything else unchanged."""
     return f"Qwen/{model}" if model in QWEN else model
 
 
 def _flag(argv: Sequence[str], name: str) -> str:
+    """The value that a flag has on the command line, "" if it is not there."""
     for i, arg in enumerate(argv):
         if arg == f"--{name}":
             return argv[i + 1] if i + 1 < len(argv) else ""

@@ -1,6 +1,7 @@
 """Problems, the prompt template, and a seeded order that needs no state.
 
-file or hub ──load──▶ [Problem] ──tokenize──▶ [Problem with prompt_ids] ──take(step)──▶ P problems of this step
+file or hub ──load──▶ [Problem] ──tokenize──▶ [Problem with prompt_ids] ──take(step)──▶ P problems
+of this step
 """
 
 import random
@@ -13,24 +14,32 @@ from transformers import PreTrainedTokenizerBase
 
 from curation import formats
 
-# The wording the released models were trained with. The paper's Table 1 differs in a few words (TABLE_1 below); a model
-# released by the authors answers best to theirs. The response begins after "<think>": the opening tag is given, the
-# closing tag is the model's to find.
+# The wording the released models were trained with. The paper's Table 1 differs in a few words
+# (TABLE_1 below); a model released by the authors answers best to theirs. The response begins after
+# "<think>": the opening tag is given, the closing tag is the model's to find.
 TEMPLATE = (
-    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
-    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
-    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: You must put your answer "
-    "inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be extracted "
-    "automatically by the \\boxed{} tag.\nThis is the problem:\n{question}\nAssistant: <think>"
+    "A conversation between User and Assistant. The User asks a question, and the "
+    "Assistant solves it. The Assistant first thinks about the reasoning process in the "
+    "mind and then provides the User with the answer. The reasoning process is enclosed "
+    "within <think> </think> and answer is enclosed within <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think> <answer> answer here "
+    "</answer>. User: You must put your answer inside <answer> </answer> tags, i.e., "
+    "<answer> answer here </answer>. And your final answer will be extracted automatically "
+    "by the \\boxed{} tag.\n"
+    "This is the problem:\n"
+    "{question}\n"
+    "Assistant: <think>"
 )
 TABLE_1 = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>. User: You must put your answer inside <answer> "
-    "</answer> tags, i.e., <answer> answer here </answer>. And your final answer will be extracted automatically by "
-    "the \\boxed{} tag. {question}\nAssistant: <think>"
+    "A conversation between User and Assistant. The user asks a question, and the "
+    "Assistant solves it. The assistant first thinks about the reasoning process in the "
+    "mind and then provides the user with the answer. The reasoning process and answer are "
+    "enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
+    "<think> reasoning process here </think> <answer> answer here </answer>. User: You "
+    "must put your answer inside <answer> </answer> tags, i.e., <answer> answer here "
+    "</answer>. And your final answer will be extracted automatically by the \\boxed{} tag. "
+    "{question}\n"
+    "Assistant: <think>"
 )
 TEMPLATES = {"authors": TEMPLATE, "paper": TABLE_1}
 
@@ -43,7 +52,7 @@ class Problem:
     |---|---|
     | source | where it came from, `file:row`, for error messages and logs |
     | question | the text that goes into the template |
-    | answer | the gold answer as written in the file (LaTeX or plain), "" where programs are asked for |
+    | answer | the gold answer as in the file (LaTeX or plain); "" where the answer is a program |
     | prompt_ids | token ids of the filled template, set by `tokenize` |
     | tests | of a programming problem: the fields of its row that hold what a program must pass |
     """
@@ -62,21 +71,21 @@ def prompt(question: str, template: str = TEMPLATE) -> str:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE) -> str:
-    """The template in the form that tokenizers keep (Jinja): `apply_chat_template` of one user message is the training
-    prompt, so that an exported model is asked the way it was trained."""
+    """The template in the form that tokenizers keep (Jinja): `apply_chat_template` of one user
+    message is the training prompt, so that an exported model is asked the way it was trained."""
     before, after = template.split("{question}")
     return (tokenizer.bos_token or "") + before + "{{ messages[-1]['content'] }}" + after
 
 
 def load(source: str | Path, name: str = "") -> list[Problem]:
-    """All problems of a file, a folder or a hub dataset, in any layout that curation/formats.py knows; with a `name`, they are called
-    name:1, name:2 … instead of file:row.
+    """All problems of a file, a folder or a hub dataset, in any layout that curation/formats.py
+    knows; with a `name`, they are called name:1, name:2 … instead of file:row.
 
-    Raises ValueError naming file, row (from 1) and field at the first row that has none of them or repeats another's `id`;
-    FileNotFoundError for a missing file.
+    Raises ValueError naming file, row (from 1) and field at the first row that has none of them or
+    repeats another's `id`; FileNotFoundError for a missing file.
     """
     problems: list[Problem] = []
-    places: dict[str, str] = {}
+    places: dict[str, str] = {}  # id → where it was seen
     for place, item in formats.rows(source):
         try:
             question, answer = formats.question_answer(item)
@@ -84,8 +93,8 @@ def load(source: str | Path, name: str = "") -> list[Problem]:
         except ValueError as error:
             file, _, row = place.rpartition(":")
             raise ValueError(f"{Path(source).parent / file}: row {row}: {error}") from None
-        called = f"{name}:{len(problems) + 1}" if name else place
-        problems.append(Problem(called, question, answer, tests=formats.tests(item)))
+        source_name = f"{name}:{len(problems) + 1}" if name else place
+        problems.append(Problem(source_name, question, answer, tests=formats.tests(item)))
     if not problems:
         raise ValueError(f"{source}: holds no problems")
     return problems
@@ -98,8 +107,9 @@ def tokenize(
     template: str,
     drop: bool = False,
 ) -> list[Problem]:
-    """Fill the template and encode. A prompt over `max_tokens` raises ValueError naming its row, or is left out with
-    `drop`: cutting a prompt would cut off `Assistant: <think>`, and an engine would refuse the whole batch for it."""
+    """Fill the template and encode. A prompt over `max_tokens` raises ValueError naming its row, or
+    is left out with `drop`: cutting a prompt would cut off `Assistant: <think>`, and an engine
+    would refuse the whole batch for it."""
     kept = []
     for problem in problems:
         text = (tokenizer.bos_token or "") + prompt(problem.question, template)
@@ -108,8 +118,8 @@ def tokenize(
             kept.append(replace(problem, prompt_ids=tuple(ids)))
         elif not drop:
             raise ValueError(
-                f"{problem.source}: prompt of {len(ids)} tokens is over --prompt-tokens {max_tokens}; "
-                "raise the limit or pass --drop-bad-rows"
+                f"{problem.source}: prompt of {len(ids)} tokens is over --prompt-tokens "
+                f"{max_tokens}; raise the limit or pass --drop-bad-rows"
             )
     if not kept:
         raise ValueError(f"no prompt is within --prompt-tokens {max_tokens}")
@@ -117,18 +127,20 @@ def tokenize(
 
 
 def take(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The problems of one step: positions [step·count, (step+1)·count) of an endless sequence of shuffled epochs.
+    """The problems of one step: positions [step·count, (step+1)·count) of an endless sequence of
+    shuffled epochs.
 
-    The step number is the whole cursor, so a resumed run needs nothing else to continue in the same order, and no
-    problem is dropped at the end of an epoch.
+    The step number is the whole cursor, so a resumed run needs nothing else to continue in the same
+    order, and no problem is dropped at the end of an epoch.
     """
-    positions = range(step * count, (step + 1) * count)
-    return [
-        problems[_order(len(problems), p // len(problems), seed)[p % len(problems)]]
-        for p in positions
-    ]
+    taken = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, len(problems))
+        taken.append(problems[_order(len(problems), epoch, seed)[place]])
+    return taken
 
 
 @lru_cache(maxsize=2)
 def _order(length: int, epoch: int, seed: int) -> list[int]:
+    """The shuffled order of one epoch."""
     return random.Random(f"{seed}/{epoch}").sample(range(length), length)

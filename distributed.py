@@ -1,13 +1,13 @@
 """Ranks: sharded models, offloading, and the few things that ranks tell each other.
 
-    torchrun --nproc-per-node 8 train.py …                 8 ranks, one GPU each
-    python train.py …                                      one process; on a CPU without a process group at all
+    torchrun --nproc-per-node 8 train.py …      8 ranks, one GPU each
+    python train.py …                           one process; on a CPU without a process group
 
-Every rank runs the same loop and knows every rollout of the step, so whatever is computed from rollouts alone (advantages,
-mini-batches, denominators, metrics) is computed by every rank alike and needs no communication. What is divided is
-the work on models: a rank samples its share of the responses, grades them, and takes its rows of every mini-batch
-(`packing.assign_packs`). Gradients are *sums* over ranks, of losses divided by global token counts; so world size changes
-nothing but rounding.
+Every rank runs the same loop and knows every rollout of the step. What is computed from rollouts
+alone (advantages, mini-batches, denominators, metrics) is computed by every rank and needs no
+communication. The work on models is divided: a rank samples its share of the responses, grades
+them, and takes its packs of every mini-batch (`packing.assign_packs`). Gradients are *sums* over
+ranks, of losses divided by global token counts, so that world size changes nothing but rounding.
 """
 
 import os
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -33,11 +33,15 @@ T = TypeVar("T")
 _started = False
 
 
-def start(timeout_minutes: float) -> None:
-    """Join the process group that torchrun prepared; on a GPU without torchrun, make one of a single rank.
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────
 
-    A rank may wait `timeout_minutes` for another that still samples or grades. Object exchange and checkpoints go over
-    gloo, tensors of GPUs over nccl.
+
+def start(timeout_minutes: float) -> None:
+    """Join the process group that torchrun prepared; on a GPU without torchrun, make one of a
+    single rank.
+
+    A rank may wait `timeout_minutes` for another one that still samples or grades. Objects and
+    checkpoints go over gloo, tensors of GPUs over nccl.
     """
     global _started
     on_gpu = torch.cuda.is_available()
@@ -59,7 +63,7 @@ def start(timeout_minutes: float) -> None:
 
 
 def started() -> bool:
-    """Whether this process is one of several, or of one GPU. (vLLM alone in a process makes a group of its own.)"""
+    """Whether `start` made a process group. (vLLM alone in a process makes one of its own.)"""
     return _started
 
 
@@ -70,8 +74,9 @@ def _free_port() -> int:
 
 
 def stop() -> None:
-    """The last call of a rank that has done its work: end the process, if it is one of several. The interpreter is not shut
-    down: a gloo thread may hold the last collective's tensor a little longer, and letting go of it then aborts."""
+    """End the process at once, if it is one of several; the last call of a rank that has finished.
+    The interpreter is not shut down: a gloo thread may hold the last collective's tensor a little
+    longer, and freeing it during the shutdown would abort the process."""
     if started():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -79,7 +84,7 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process's number among `world_size()`; 0 leads and writes."""
+    """This process's number, from 0; rank 0 writes the files."""
     return dist.get_rank() if started() else 0
 
 
@@ -93,9 +98,12 @@ def device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
+# ── collectives ───────────────────────────────────────────────────────────────────────────────────
+
+
 def on_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give every rank its result. What it raises is raised on every rank, so that all of
-    them stop with one message instead of waiting for a rank that is gone."""
+    """Call `function` on rank 0 and return its result on every rank. What it raises is raised on
+    every rank: all of them stop with one message, and none waits for a rank that is gone."""
     if not started():
         return function()
     outcome: list[Any] = [None, None]
@@ -110,13 +118,13 @@ def on_rank0(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def all_gather_objects(mine: T) -> list[T]:
+def all_gather_objects(local_object: T) -> list[T]:
     """Every rank's object, in rank order, on every rank."""
     if world_size() == 1:
-        return [mine]
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+        return [local_object]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, local_object)
+    return objects
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -131,8 +139,11 @@ def all_reduce_max(value: float) -> float:
     return max(all_gather_objects(value))
 
 
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
+
+
 class Sharding(NamedTuple):
-    """How models are laid over the ranks; see the settings of the same names."""
+    """How models are distributed over the ranks; see the settings of the same names."""
 
     replicas: int = 1
     activation_checkpointing: bool = False
@@ -141,30 +152,31 @@ class Sharding(NamedTuple):
 
 
 def load_pretrained(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)` in float32 with packed attention, on rank 0; elsewhere the same model with memory
-    that is reserved but never touched, for `shard` to fill: only rank 0 ever holds a whole model. `settings` go into the
-    model's configuration."""
+    """`auto_class.from_pretrained(path)` in float32 with packed attention, on rank 0. On the other
+    ranks the same model, whose memory is reserved and never touched until `apply_fsdp` fills it:
+    only rank 0 ever holds a whole model. `settings` go into the model's configuration."""
     how = {"dtype": torch.float32, "attn_implementation": "packed"}
     if rank() == 0:
         return auto_class.from_pretrained(path, **settings, **how)
     with no_init_weights():
         model = auto_class.from_config(AutoConfig.from_pretrained(path, **settings), **how)
-    model.tie_weights()  # part of the initialisation that was left out
+    model.tie_weights()  # part of the initialization that was left out
     return model
 
 
 def apply_fsdp(
     module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | None = None
 ) -> None:
-    """FSDP2: a rank keeps 1/shards of every parameter of `module` (a policy or critic); a decoder layer is gathered when it
-    computes and let go after. Without a process group the module stays whole.
+    """FSDP2: each rank keeps 1/shards of every parameter of `module` (a policy or critic). A
+    decoder layer is gathered when it computes and freed afterwards. Without a process group the
+    module stays whole.
 
-    Weights, gradients and their sums are float32; on GPUs the gathered layers compute in bfloat16. What is in no
-    decoder layer is one group with the root, tied embedding and head included; `head`, if given, is a group that
-    computes in float32 (the value head).
+    Weights, gradients and their sums are float32; on GPUs the gathered layers compute in bfloat16.
+    What is in no decoder layer forms one group with the root, tied embedding and head included.
+    `head`, if given, is a group of its own that computes in float32 (the value head).
     """
-    names = module.model._no_split_modules or ()
-    layers = [m for m in module.modules() if type(m).__name__ in names]
+    layer_names = module.model._no_split_modules or ()
+    layers = [m for m in module.modules() if type(m).__name__ in layer_names]
     for layer in layers:
         if sharding.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -176,40 +188,51 @@ def apply_fsdp(
         module.to(device())
         return
     whole = {name: p.detach() for name, p in module.named_parameters()}
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if sharding.replicas > 1:
-        mesh = init_device_mesh(
-            kind,
-            (sharding.replicas, world_size() // sharding.replicas),
-            mesh_dim_names=("copy", "shard"),
-        )
-    else:
-        mesh = init_device_mesh(kind, (world_size(),))
-    low = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if kind == "cuda" else None, reduce_dtype=torch.float32
-    )
+    mesh = _mesh(sharding.replicas)
+    compute_dtype = torch.bfloat16 if torch.cuda.is_available() else None
+    mixed_precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=low)
+        fully_shard(layer, mesh=mesh, mp_policy=mixed_precision)
     if head is not None:
         fully_shard(head, mesh=mesh)
-    fully_shard(module, mesh=mesh, mp_policy=low, reshard_after_forward=True)
-    for part in module.modules():
-        if isinstance(part, FSDPModule) and world_size() > 1:
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way of not averaging
-            part.set_gradient_divide_factor(1.0)
-    for name, p in module.named_parameters():  # rank 0's weights, a parameter at a time
-        source = (
-            whole.pop(name).to(p.device) if rank() == 0 else torch.empty(p.shape, device=p.device)
-        )
-        dist.broadcast(source, 0)
-        with torch.no_grad():
-            p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
+    fully_shard(module, mesh=mesh, mp_policy=mixed_precision, reshard_after_forward=True)
+    _sum_gradients(module)
+    _fill_shards(module, whole)
     if sharding.offload:
         _move(module, None, "cpu")
 
 
+def _mesh(replicas: int) -> DeviceMesh:
+    """The ranks as one group of shards, or as `replicas` groups that each hold a copy."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if replicas == 1:
+        return init_device_mesh(kind, (world_size(),))
+    shape = (replicas, world_size() // replicas)
+    return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
+
+
+def _sum_gradients(module: torch.nn.Module) -> None:
+    """Sum gradients over ranks instead of averaging: losses are divided by global token counts."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and world_size() > 1:
+            part.set_force_sum_reduction_for_comms(True)  # gloo's only way of not averaging
+            part.set_gradient_divide_factor(1.0)
+
+
+def _fill_shards(module: torch.nn.Module, whole: dict[str, Tensor]) -> None:
+    """Distribute rank 0's whole parameters over the shards, one parameter at a time."""
+    for name, p in module.named_parameters():
+        if rank() == 0:
+            source = whole.pop(name).to(p.device)
+        else:
+            source = torch.empty(p.shape, device=p.device)
+        dist.broadcast(source, 0)
+        with torch.no_grad():
+            p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
+
+
 def full_tensor(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The whole of a sharded parameter in `dtype`; every rank must ask."""
+    """The whole of a sharded parameter in `dtype`; every rank must call it."""
     cast = parameter.detach().to(dtype)
     return cast.full_tensor() if isinstance(cast, DTensor) else cast
 
@@ -218,7 +241,8 @@ def full_tensor(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 def on_device(
     enabled: bool, module: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None = None
 ) -> Iterator[None]:
-    """Backload before, offload after (§3.1): with `enabled`, module and optimizer state lie in host memory outside."""
+    """Offloading (§3.1): with `enabled`, module and optimizer state are on this rank's device
+    inside the context, and in host memory outside of it."""
     if not enabled or module is None:
         yield
         return
@@ -231,5 +255,7 @@ def on_device(
 
 def _move(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, where: str) -> None:
     module.to(where)
-    for state in optimizer.state.values() if optimizer else ():
+    if optimizer is None:
+        return
+    for state in optimizer.state.values():
         state.update({name: value.to(where) for name, value in state.items()})

@@ -1,7 +1,7 @@
-"""Advantages and value targets on ragged responses (paper §2.1, "Generalized Advantage Estimation").
+"""Advantages and value targets of ragged responses (§2.1, "Generalized Advantage Estimation").
 
-Per-token quantities of a whole batch are flat: the response tokens of all B responses in one vector of N = Σ lengths,
-response after response. Nothing is padded, and a response ends where `lengths` says so.
+Per-token quantities of a whole batch are flat: the response tokens of all B responses in one vector
+of N = Σ lengths, response after response. Nothing is padded; `lengths` says where a response ends.
 
     lengths = [3, 2]      flat index  0 1 2 | 3 4
                           token t     0 1 2 | 0 1
@@ -14,26 +14,34 @@ from torch import Tensor
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Advantages Â_t and value targets of every response token.
+    """Advantages Â_t and value targets G_t of every response token (§2.1).
 
-    The paper writes Â_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V(s_{t+1}) − V(s_t). The same quantity through the
-    λ-return G_t, which is the value target:
+    The paper writes Â_t = Σ_k (γλ)^k δ_{t+k}, that is Â_t = δ_t + γλ Â_{t+1}, with the one-step
+    error δ_t = r_t + γ V(s_{t+1}) − V(s_t). This function computes the same quantity through the
+    λ-return G_t, which is also the value target:
 
         G_t = r_t + γ [ (1 − λ) V(s_{t+1}) + λ G_{t+1} ],     Â_t = G_t − V(s_t)
 
-    Nothing is bootstrapped past the last token (V = G = 0 there), also when the response was truncated. With the
-    paper's γ = λ = 1 and a reward R on the last token this is *exactly* Â_t = R − V(s_t) and target R, without the
-    rounding of a telescoping sum of δ; that is why it is written this way round.
+    They are the same, because with Â_{t+1} = G_{t+1} − V(s_{t+1})
+
+        δ_t + γλ Â_{t+1} = r_t + γ V(s_{t+1}) − V(s_t) + γλ [ G_{t+1} − V(s_{t+1}) ]
+                         = r_t + γ [ (1 − λ) V(s_{t+1}) + λ G_{t+1} ] − V(s_t)
+                         = G_t − V(s_t) = Â_t
+
+    Nothing is bootstrapped past the last token (V = G = 0 there), even when the response was
+    truncated. With the paper's γ = λ = 1 and a reward R on the last token, this form gives
+    *exactly* Â_t = R − V(s_t) and G_t = R, without the rounding of a telescoping sum of δ.
 
     | symbol | shape | meaning |
     |---|---|---|
     | rewards r_t | (N,) | reward after action t; R on each response's last token, else 0 |
     | values V(s_t) | (N,) | critic's value of the state *before* action t |
     | lengths | (B,) | response tokens per response, each ≥ 1, summing to N |
-    | gamma γ, lam λ | scalars | discount; GAE's bias–variance trade |
+    | gamma γ, lam λ | scalars | discount; GAE's bias–variance trade-off |
     | → advantages Â_t, targets G_t | (N,), (N,) | float32 |
 
-    A response of three tokens with R = 1 and V = (0.5, 0.6, 0.9):
+    Raises ValueError when the shapes do not belong together. A response of three tokens with R = 1
+    and V = (0.5, 0.6, 0.9):
 
     >>> r, v = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.6, 0.9])
     >>> gae(r, v, torch.tensor([3]))[0]
@@ -41,21 +49,17 @@ def gae(
     >>> gae(r, v, torch.tensor([3]), gamma=1.0, lam=0.0)[0]  # the one-step errors δ_t
     tensor([0.1000, 0.3000, 0.1000])
     """
-    if (
-        rewards.shape != values.shape
-        or int(lengths.sum()) != rewards.numel()
-        or int(lengths.min()) < 1
-    ):
+    total, shortest = int(lengths.sum()), int(lengths.min())
+    if rewards.shape != values.shape or total != rewards.numel() or shortest < 1:
         raise ValueError(
-            f"gae: rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and lengths summing to "
-            f"{int(lengths.sum())} (shortest {int(lengths.min())}) do not describe the same responses"
+            f"gae: rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and lengths "
+            f"summing to {total} (shortest {shortest}) do not describe the same responses"
         )
     r, v = rewards.float(), values.float()
     targets = torch.empty_like(v)
     last = lengths.cumsum(0) - 1  # (B,) flat index of each response's last token
-    for back in range(
-        int(lengths.max())
-    ):  # all responses at once, from their last tokens towards their first
+    # All responses at once, from their last tokens towards their first.
+    for back in range(int(lengths.max())):
         t = (last - back)[lengths > back]
         if back == 0:
             targets[t] = r[t]
@@ -65,39 +69,43 @@ def gae(
 
 
 def last_token_rewards(R: Tensor, lengths: Tensor) -> Tensor:
-    """Per-token rewards r_t (N,): the scalar reward R (B,) of each response on its last token, 0 elsewhere (§2.1.2)."""
+    """Per-token rewards r_t (N,): the reward R (B,) of each response on its last token, 0 elsewhere
+    (§2.1.2)."""
     r = torch.zeros(int(lengths.sum()), device=R.device)
     r[lengths.cumsum(0) - 1] = R.float()
     return r
 
 
 def normalize_advantages(advantages: Tensor, eps: float = 1e-8) -> Tensor:
-    """Batch-level advantage normalisation (§3.1): (Â − mean) / std over all N response tokens of the step.
+    """Batch-level advantage normalization (§3.1): (Â − mean) / std over all N response tokens of
+    the step.
 
-    The variance is the population's and is kept ≥ eps, so that a batch of equal advantages gives zeros, not NaN.
-    Value targets are never normalised.
+    The variance is the population's and is kept ≥ eps, so that a batch of equal advantages gives
+    zeros instead of NaN. Value targets are never normalized.
 
     >>> normalize_advantages(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.2247,  0.0000,  1.2247])
     """
-    a = advantages.float()
-    return (a - a.mean()) * a.var(correction=0).clamp(min=eps).rsqrt()
+    advantages = advantages.float()
+    variance = advantages.var(correction=0)
+    return (advantages - advantages.mean()) * variance.clamp(min=eps).rsqrt()
 
 
-def grpo_advantages(R: Tensor, groups: Tensor, lengths: Tensor, by_std: bool = True) -> Tensor:
-    """GRPO's critic-free advantage, the paper's comparison: Â_t = (R − mean_group) / std_group on every token of a response.
+def grpo_advantages(R: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    """GRPO's advantage without a critic, the paper's comparison: Â_t = (R − mean) / std over the
+    group of responses to one problem, the same on every token of a response.
 
-    R (B,) rewards, groups (B,) the problem each response answers, lengths (B,) → (N,). `by_std=False` only centres,
-    which is what the authors' code does in effect. A group of equal rewards gets 0.
+    R (B,) rewards, groups (B,) the problem each response answers, lengths (B,) → (N,). A group of
+    equal rewards gets 0.
 
-    >>> grpo_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 1, 1]))
+    >>> R, groups = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    >>> grpo_advantages(R, groups, lengths=torch.tensor([1, 1, 1, 1]))
     tensor([ 1., -1.,  0.,  0.])
     """
     R = R.float()
     _, group = groups.unique(return_inverse=True)
     count = torch.bincount(group)
-    centred = R - (torch.bincount(group, weights=R) / count)[group]
-    if by_std:
-        std = (torch.bincount(group, weights=centred**2) / count).sqrt()[group]
-        centred = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
-    return centred.float().repeat_interleave(lengths)
+    centered = R - (torch.bincount(group, weights=R) / count)[group]
+    std = (torch.bincount(group, weights=centered**2) / count).sqrt()[group]
+    scaled = torch.where(std > 1e-6, centered / std.clamp(min=1e-6), torch.zeros_like(centered))
+    return scaled.float().repeat_interleave(lengths)

@@ -1,4 +1,5 @@
-"""The policy π_θ: log-probabilities of the sampled tokens, without ever holding [tokens × vocabulary]."""
+"""The policy π_θ: log-probabilities of the sampled tokens, without ever holding [tokens ×
+vocabulary]."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,42 +12,42 @@ import distributed
 from distributed import Sharding
 from packing import MicroBatch, hidden_states
 
-CHUNK = {
-    "cpu": 2**19,
-    "cuda": 2**27,
-}  # logits alive at once: what a cache holds, and 883 tokens of Qwen's vocabulary;
-LEAST = 128  # but of so many tokens at least, since every chunk reads the whole head
+# Logits held at once: what a CPU's cache holds; on a GPU 883 tokens of Qwen's vocabulary.
+CHUNK = {"cpu": 2**19, "cuda": 2**27}
+LEAST = 128  # tokens in a chunk at least, because every chunk reads the whole head
+WHOLE = Sharding()
 
 
 class Policy(torch.nn.Module):
-    """π_θ: a causal language model, called on packed micro-batches."""
+    """π_θ: a causal language model, called on packs."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            raise ValueError(
-                f"{type(model).__name__}: a vocabulary head with a bias is not supported"
-            )
+            name = type(model).__name__
+            raise ValueError(f"{name}: a vocabulary head with a bias is not supported")
 
     def forward(self, micro: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """log π_θ(a_t|s_t) of each action and, for logging, the entropy of π_θ(·|s_t); both (n,) float32. Prompt positions
-        are dropped before the vocabulary head."""
+        """log π_θ(a_t|s_t) of each action and, for logging, the entropy of π_θ(·|s_t); both (n,)
+        float32. Only positions that predict an action reach the vocabulary head."""
         h = hidden_states(self.model, micro)  # (n, H)
-        return TokenLogProbs.apply(
-            h, self.model.get_output_embeddings().weight, micro.actions, temperature
-        )
+        head = self.model.get_output_embeddings().weight  # (V, H)
+        return TokenLogProbs.apply(h, head, micro.actions, temperature)
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """h (n, H), W (V, H), actions (n,), T → log p(a_t) and, without gradient, the entropy of p = softmax(W h_t / T).
+    """h (n, H), W (V, H), actions (n,), T → log p(a_t) and, without gradient, the entropy of p,
+    with p = softmax(W h_t / T); both (n,).
 
-    Logits are float32 whatever h and W are, and live a chunk of tokens at a time. The backward pass computes them again
-    and turns them, in place, into their own gradients, of logit v: g_t (1[v = a_t] − p_v) / T.
+    Logits are float32 whatever h and W are, and exist for one chunk of tokens at a time. The
+    backward pass computes them again and turns them, in place, into their own gradients. The
+    gradient of logit v of token t is g_t (1[v = a_t] − p_v) / T.
 
     >>> h, W = torch.zeros(1, 3), torch.zeros(8, 3)
-    >>> [x.exp() for x in TokenLogProbs.apply(h, W, torch.tensor([5]), 1.0)]  # 1 of 8, and as unsure as a choice among 8
-    [tensor([0.1250]), tensor([8.])]
+    >>> logp, entropy = TokenLogProbs.apply(h, W, torch.tensor([5]), 1.0)
+    >>> logp.exp(), entropy.exp()  # one of 8, and as uncertain as a choice among 8
+    (tensor([0.1250]), tensor([8.]))
     """
 
     @staticmethod
@@ -54,14 +55,15 @@ class TokenLogProbs(torch.autograd.Function):
         ctx: Any, h: Tensor, W: Tensor, actions: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         logp, log_z, entropy = (torch.empty(len(h), device=h.device) for _ in range(3))
-        for part, logits, memory in _logits(h, W, temperature):
+        for chunk, logits, buffer in _logits(h, W, temperature):
             top = logits.amax(-1)
             logits -= top[:, None]
-            p = torch.exp(logits, out=memory)  # up to 1/Z
+            p = torch.exp(logits, out=buffer)  # up to the factor 1/Z
             Z = p.sum(-1)
-            logp[part] = logits.gather(-1, actions[part, None]).squeeze(-1) - Z.log()
-            entropy[part] = Z.log() - p.mul_(logits).sum(-1) / Z  # both ≥ 0: nothing cancels
-            log_z[part] = Z.log() + top
+            logp[chunk] = logits.gather(-1, actions[chunk, None]).squeeze(-1) - Z.log()
+            # Both terms are ≥ 0: nothing cancels.
+            entropy[chunk] = Z.log() - p.mul_(logits).sum(-1) / Z
+            log_z[chunk] = Z.log() + top
         ctx.save_for_backward(h, W, actions, log_z)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -71,25 +73,29 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, W, actions, log_z = ctx.saved_tensors
         g = g / ctx.temperature
-        grad_h, grad_W = torch.empty_like(h), torch.zeros(W.shape, device=W.device)
-        for part, logits, _ in _logits(h, W, ctx.temperature):
-            d = logits.sub_(log_z[part, None]).exp_().mul_(-g[part, None])
-            d = d.scatter_add_(-1, actions[part, None], g[part, None]).to(h.dtype)
-            torch.mm(d, W, out=grad_h[part])
-            _add_product(grad_W, d.T, h[part])
-        logits = _ = d = None  # free their memory for the copy
+        grad_h = torch.empty_like(h)
+        grad_W = torch.zeros(W.shape, device=W.device)
+        for chunk, logits, _ in _logits(h, W, ctx.temperature):
+            d = logits.sub_(log_z[chunk, None]).exp_().mul_(-g[chunk, None])
+            d = d.scatter_add_(-1, actions[chunk, None], g[chunk, None]).to(h.dtype)
+            torch.mm(d, W, out=grad_h[chunk])
+            _add_product(grad_W, d.T, h[chunk])
+        logits = _ = d = None  # free their memory before grad_W is copied
         return grad_h, grad_W.to(W.dtype), None, None
 
 
 def _logits(h: Tensor, W: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Chunk by chunk: which tokens, their logits, and as much memory again, which costs more to get than to fill."""
+    """Chunk by chunk: which tokens, their logits W h_t / T (tokens, V), and a buffer of the same
+    shape. The memory is allocated once, because allocating it costs more than filling it."""
     size = max(1, min(len(h), max(LEAST, CHUNK[h.device.type] // len(W))))
     memory = torch.empty(2, size, len(W), device=h.device)
     for start in range(0, len(h), size):
-        part = slice(start, min(start + size, len(h)))
-        logits, more = memory[:, : part.stop - start]
-        _add_product(logits, h[part], W.T, keep=0)
-        yield part, logits if temperature == 1 else logits.div_(temperature), more
+        chunk = slice(start, min(start + size, len(h)))
+        logits, buffer = memory[:, : chunk.stop - start]
+        _add_product(logits, h[chunk], W.T, keep=0)
+        if temperature != 1:
+            logits.div_(temperature)
+        yield chunk, logits, buffer
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
@@ -99,9 +105,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
     return torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
-def load_policy(path: str, sharding: Sharding = Sharding()) -> Policy:  # noqa: B008
-    """The base model in float32 (master weights), over all ranks. Dropout stays off: PPO's ratio compares two passes over
-    the same weights, and must be 1 when nothing changed."""
+def load_policy(path: str, sharding: Sharding = WHOLE) -> Policy:
+    """The base model in float32 (master weights), over all ranks. Dropout stays off: PPO's ratio
+    compares two passes over the same weights, and must be 1 when nothing changed."""
     policy = Policy(distributed.load_pretrained(AutoModelForCausalLM, path).eval())
     distributed.apply_fsdp(policy, sharding)
     return policy

@@ -1,7 +1,9 @@
-"""The losses of vanilla PPO (paper §2.1, Eq. 1 and Eq. 2) and the KL terms of its ablations; imports torch alone.
+"""The losses of vanilla PPO (§2.1, Eq. 1 and Eq. 2), the KL terms of its ablations, and the
+optimizer.
 
-Every loss returns the *sum* over the tokens it was given. The caller divides by the number of response tokens of the
-whole update (all micro-batches, all ranks), so that micro-batch size, packing and world size change nothing.
+Every loss returns the *sum* over the tokens it was given. The caller divides by the number of
+response tokens of the whole update (all micro-batches, all ranks), so that micro-batch size,
+packing and world size change nothing. This module imports torch alone.
 """
 
 import math
@@ -16,33 +18,37 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Clipped policy objective, Eq. 1 with the sign of a loss:
 
-        L = − Σ_t min( ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t ),      ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
+        L = − Σ_t min( ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t ),    ρ_t = π_θ(a_t|s_t) /
+        π_old(a_t|s_t)
 
-    The paper takes one policy step per rollout, so π_old *is* π_θ and ρ_t = 1: pass `logp.detach()` as logp_old and
-    the gradient is −Σ Â_t ∇ log π_θ(a_t|s_t). No entropy bonus, no KL.
+    The paper takes one policy step per rollout, so π_old *is* π_θ and ρ_t = 1: pass `logp.detach()`
+    as logp_old, and the gradient is −Σ Â_t ∇ log π_θ(a_t|s_t). No entropy bonus, no KL.
 
     | symbol | shape | meaning |
     |---|---|---|
     | logp log π_θ(a_t\\|s_t) | (n,) | current policy, with gradient |
     | logp_old log π_old(a_t\\|s_t) | (n,) | policy that the update started from, no gradient |
-    | advantages Â_t | (n,) | normalised, no gradient |
+    | advantages Â_t | (n,) | normalized, no gradient |
     | → loss, clipped | scalar, (n,) | Σ_t; bool, where the clip took the gradient away |
 
-    >>> policy_loss(torch.tensor([0.0, 0.5]), torch.zeros(2), torch.tensor([1.0, 1.0]))[0]  # −(1 + 1.2)
+    >>> logp, logp_old = torch.tensor([0.0, 0.5]), torch.zeros(2)
+    >>> policy_loss(logp, logp_old, advantages=torch.ones(2))[0]  # −(1 + 1.2)
     tensor(-2.2000)
     """
     ratio = (logp - logp_old).exp()
-    plain, clip = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return -torch.minimum(plain, clip).sum(), clip < plain
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return -torch.minimum(unclipped, clipped).sum(), clipped < unclipped
 
 
 def value_loss(
     values: Tensor, targets: Tensor, values_old: Tensor | None = None, clip: float = 0.0
 ) -> Tensor:
-    """Value objective, Eq. 2: ½ Σ_t (V_φ(s_t) − G_t)². All shapes (n,), targets and values_old without gradient.
+    """Value objective, Eq. 2: ½ Σ_t (V_φ(s_t) − G_t)². All shapes are (n,); targets and values_old
+    have no gradient.
 
-    With clip > 0 the form of the authors' code, which lets a value move at most `clip` away from values_old:
-    ½ Σ_t max( (V − G)², (V_old + clip(V − V_old, ±clip) − G)² ).
+    With clip > 0 it is the form of the authors' code, in which a value gains nothing by moving more
+    than `clip` away from values_old: ½ Σ_t max( (V − G)², (V_old + clip(V − V_old, ±clip) − G)² ).
 
     >>> value_loss(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]))  # ½ (0.25 + 1)
     tensor(0.6250)
@@ -55,7 +61,8 @@ def value_loss(
 
 
 def kl(logp: Tensor, logp_ref: Tensor, estimator: str = "k3") -> Tensor:
-    """Per-token estimate of KL(π ‖ π_ref) from tokens sampled from π, with d = log π − log π_ref (all shapes (n,)):
+    """Per-token estimate of KL(π ‖ π_ref) from tokens sampled from π, with d = log π − log π_ref;
+    all shapes are (n,):
 
         k1 = d          unbiased, can be negative
         k2 = ½ d²       biased, ≥ 0, low variance
@@ -63,7 +70,8 @@ def kl(logp: Tensor, logp_ref: Tensor, estimator: str = "k3") -> Tensor:
 
     Only the ablations of Fig. 8 use it; the recipe has no KL and loads no reference model.
 
-    >>> kl(torch.tensor([0.0]), torch.tensor([-1.0]), "k1"), kl(torch.tensor([0.0]), torch.tensor([-1.0]), "k2")
+    >>> logp, logp_ref = torch.tensor([0.0]), torch.tensor([-1.0])
+    >>> kl(logp, logp_ref, "k1"), kl(logp, logp_ref, "k2")
     (tensor([1.]), tensor([0.5000]))
     """
     d = logp - logp_ref
@@ -84,18 +92,20 @@ def kl_shaped_rewards(
 
 
 def truncated_is(logp: Tensor, logp_sampler: Tensor, cap: float) -> Tensor:
-    """Truncated importance weight min(π_θ / π_sampler, cap) of each token, without gradient (n,): corrects for a sampler
-    whose arithmetic is not the trainer's. Off in the recipe."""
+    """Truncated importance weight min(π_θ / π_sampler, cap) of each token, (n,) without gradient.
+    It corrects for a sampler whose arithmetic is not the trainer's. The recipe does not use it."""
     return (logp - logp_sampler).exp().clamp(max=cap).detach()
 
 
 def learning_rate(
     step: int, base: float, warmup: int, anneal_steps: int = 0, anneal_to: float = 0.0
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant; or linear annealing.
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant; or linear
+    annealing.
 
-    The warm-up runs 1/warmup, 2/warmup, … 1, so the first step already learns (the authors' scheduler starts at 0 and
-    wastes it). With anneal_steps > 0 the rate falls linearly from `base` to `anneal_to`, the paper's last stage.
+    The warm-up runs 1/warmup, 2/warmup, … 1, so the first step already learns (the authors'
+    scheduler starts at 0 and wastes it). With anneal_steps > 0 the rate falls linearly from `base`
+    to `anneal_to`, as in the paper's last stage.
 
     >>> [learning_rate(s, 1e-6, warmup=50) for s in (0, 24, 49, 1000)]
     [2e-08, 5e-07, 1e-06, 1e-06]
@@ -108,16 +118,16 @@ def learning_rate(
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW as in §3.1: β = (0.9, 0.95), no weight decay; fused, without copies. The rate is set before each step."""
+    """AdamW as in §3.1: β = (0.9, 0.95), no weight decay. `optimizer_step` sets the rate."""
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
     )
 
 
 def optimizer_step(optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float = 1.0) -> float:
-    """Clip the gradient norm to `max_grad_norm`, take one step at `lr`, clear the gradients; returns the norm before clipping.
-
-    Raises FloatingPointError, with nothing changed, when the norm is not finite."""
+    """Clip the gradient norm to `max_grad_norm`, take one step at learning rate `lr`, and clear the
+    gradients. Returns the norm before clipping. Raises FloatingPointError when the norm is not
+    finite; nothing has changed then."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,6 +1,8 @@
-"""What a run needs besides weights, and every check that can be made before one is loaded."""
+"""Everything that is refused before a weight is loaded, and what a run needs besides weights."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,122 +21,165 @@ from curation import formats
 from data import Problem
 from grading.pool import Grader
 from reports.log import prepare_folder
-from reward import Reward, load_custom_reward
+from reward import load_custom_reward, score
+from rollout import Rollout
 from toy import tiny
 
 
 class Inputs(NamedTuple):
     """What a run needs besides weights."""
 
-    path: str
+    model_path: str
     tokenizer: PreTrainedTokenizerBase
     eos: list[int]
     problems: list[Problem]
-    heldout: list[Problem]
-    found: Checkpoint | None
+    eval_problems: list[Problem]
+    resume_from: Checkpoint | None
     grader: Grader
-    reward: Reward | None
+    score: Callable[[list[Rollout]], list[Rollout]]  # sets R, see reward.score
+
+
+class _Files(NamedTuple):
+    """What rank 0 reads and checks for all ranks."""
+
+    model_path: str
+    problems: list[Problem]
+    eval_problems: list[Problem]
+    resume_from: Checkpoint | None
 
 
 def prepare(cfg: Config) -> Inputs:
     """Refuse what cannot work, then load what is cheap.
 
-    No weight is loaded here (`tiny` makes its model on first use). Files are read and checked by rank 0. Raises ValueError
-    or OSError in one clear line.
+    No weight is loaded here (`tiny` makes its model on first use). Rank 0 reads and checks files.
+    Raises ValueError or OSError with a message of one line.
     """
     validate_settings(cfg)
     grader = Grader(0 if cfg.reward else cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
-    reward = load_custom_reward(cfg.reward)
-    path, problems, heldout, found = distributed.on_rank0(lambda: _read(cfg, grader))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    custom_reward = load_custom_reward(cfg.reward)
+    files = distributed.on_rank0(lambda: _read_files(cfg, grader))
+    tokenizer = AutoTokenizer.from_pretrained(files.model_path)
     tokenizer.chat_template = data.chat_template(tokenizer, data.TEMPLATES[cfg.template])
     return Inputs(
-        path, tokenizer, eos_ids(path, tokenizer), problems, heldout, found, grader, reward
+        model_path=files.model_path,
+        tokenizer=tokenizer,
+        eos=eos_ids(files.model_path, tokenizer),
+        problems=files.problems,
+        eval_problems=files.eval_problems,
+        resume_from=files.resume_from,
+        grader=grader,
+        score=partial(score, grader=grader, custom_reward=custom_reward),
     )
 
 
-def validate_settings(cfg: Config) -> None:
-    """Refuse numbers that cannot work: ValueError with the flag, its value and what to change."""
-    responses = cfg.prompts * cfg.samples
+# ── settings ──────────────────────────────────────────────────────────────────────────────────────
 
-    def require(fine: bool, name: str, why: str) -> None:
-        if not fine:
+POSITIVE = """
+    steps prompts samples prompt_tokens response_tokens temperature top_p policy_steps critic_steps
+    policy_lr critic_lr max_grad_norm grader_workers grader_seconds eval_samples micro_tokens
+    max_num_seqs replicas tensor_parallel timeout_minutes keep_checkpoints gpus gpu_memory
+""".split()
+
+
+def validate_settings(cfg: Config) -> None:
+    """Refuse settings that cannot work: ValueError with the flag, its value and what to change."""
+
+    def require(condition: bool, name: str, why: str) -> None:
+        if not condition:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
 
-    positive = """steps prompts samples prompt_tokens response_tokens temperature top_p policy_steps critic_steps policy_lr
-        critic_lr max_grad_norm grader_workers grader_seconds eval_samples micro_tokens max_num_seqs replicas tensor_parallel
-        timeout_minutes keep_checkpoints gpus gpu_memory""".split()
-    for name in positive:
+    for name in POSITIVE:
         require(getattr(cfg, name) > 0, name, "must be above 0")
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        require(
-            not isinstance(value, int | float) or value >= 0, field.name, "must not be negative"
-        )
+        negative = isinstance(value, int | float) and value < 0
+        require(not negative, field.name, "must not be negative")
     for name in ("gamma", "lam", "top_p"):
         require(getattr(cfg, name) <= 1, name, "must not be above 1")
+    responses = cfg.prompts * cfg.samples
+    few = f"{cfg.prompts} prompts × {cfg.samples} samples are only {responses} responses"
     for name in ("policy_steps", "critic_steps"):
-        few = f"{cfg.prompts} prompts × {cfg.samples} samples are only {responses} responses; lower it or raise those"
-        require(getattr(cfg, name) <= responses, name, few)
+        require(getattr(cfg, name) <= responses, name, f"{few}; lower it or raise those")
     if cfg.advantage == "grpo":
-        require(
-            cfg.samples > 1,
-            "samples",
-            "--advantage grpo compares the samples of a problem; it needs at least 2",
-        )
+        why = "--advantage grpo compares the samples of a problem; it needs at least 2"
+        require(cfg.samples > 1, "samples", why)
     longest = cfg.prompt_tokens + cfg.response_tokens
-    why = f"cannot hold one sequence of --prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
-    require(cfg.micro_tokens >= longest, "micro_tokens", why)
+    parts = f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
+    require(cfg.micro_tokens >= longest, "micro_tokens", f"cannot hold one sequence of {parts}")
+    ranks = distributed.world_size()
+    for name in ("replicas", "tensor_parallel"):
+        why = f"does not divide the {ranks} ranks; start with torchrun"
+        require(ranks % getattr(cfg, name) == 0, name, why)
+    _validate_choices(cfg)
+
+
+def _validate_choices(cfg: Config) -> None:
+    """Refuse flags that need something that is missing, or that exclude each other."""
     if cfg.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError(
             "--engine vllm: vLLM is not installed here; install it, or pass --engine transformers"
         )
-    ranks = distributed.world_size()
-    for name in ("replicas", "tensor_parallel"):
-        require(
-            ranks % getattr(cfg, name) == 0,
-            name,
-            f"does not divide the {ranks} ranks; start with torchrun",
-        )
     if cfg.overwrite and cfg.resume:
         raise ValueError("--overwrite would remove what --resume goes on from; pass one of them")
     if cfg.replay:
-        missing = [
-            s for s in range(cfg.steps) if not (Path(cfg.replay) / f"step-{s}.jsonl").is_file()
-        ]
-        require(
-            not missing,
-            "replay",
-            f"has no step-{missing[0] if missing else 0}.jsonl; lower --steps or save more",
-        )
-    if cfg.model not in ("tiny", "tiny-long") and not (cfg.data or cfg.replay):
+        for step in range(cfg.steps):
+            if not (Path(cfg.replay) / f"step-{step}.jsonl").is_file():
+                raise ValueError(
+                    f"--replay {cfg.replay}: has no step-{step}.jsonl; lower --steps or save more"
+                )
+    if cfg.model not in tiny.TASKS and not (cfg.data or cfg.replay):
         raise ValueError(
             "--data is missing: JSON in the authors' form, or JSONL with question and answer"
         )
 
 
-def _read(
-    cfg: Config, grader: Grader
-) -> tuple[str, list[Problem], list[Problem], Checkpoint | None]:
-    run = Path(cfg.runs) / cfg.name
-    found = checkpoint.find(cfg.resume, run) if cfg.resume else None
-    if cfg.resume == "auto" and found is None and (run / "policy").exists():
-        raise ValueError(
-            f"{run} is a finished run without checkpoints; nothing to go on from: choose another --name"
-        )
-    same = found is not None and found.path.parent.parent.resolve() == run.resolve()
-    prepare_folder(run, cfg.overwrite, resume=same or cfg.resume == "auto")
-    path, train_file, sets = cfg.model, cfg.data, cfg.eval_data
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_files(cfg: Config, grader: Grader) -> _Files:
+    """Find the checkpoint, make the run folder, and read and check the model's files and
+    problems."""
+    resume_from = _checkpoint_to_resume(cfg)
+    model_path, train_source, eval_sources = cfg.model, cfg.data, cfg.eval_data
     if cfg.model in tiny.TASKS:
         folder = tiny.ensure(cfg.seed, name=cfg.model)
-        path = str(folder)
-        train_file, sets = (
-            train_file or str(folder / "train.json"),
-            sets or (str(folder / "heldout.json"),),
+        model_path = str(folder)
+        train_source = train_source or str(folder / "train.json")
+        eval_sources = eval_sources or (str(folder / "heldout.json"),)
+    tokenizer = _check_model_files(cfg, model_path, resume_from)
+    if cfg.replay:
+        return _Files(model_path, [], [], resume_from)
+    problems = _read_problems(cfg, tokenizer, grader, train_source)
+    eval_problems = []
+    for name, source in formats.named(eval_sources).items():
+        eval_problems += _read_problems(cfg, tokenizer, grader, source, name)
+    if len(problems) < cfg.prompts:
+        raise ValueError(
+            f"{train_source}: {len(problems)} problems are fewer than --prompts {cfg.prompts}"
         )
-    config = model_config(path)
-    if found:
-        checkpoint.refuse_other(found, config, cfg.roles, cfg.steps)
+    return _Files(model_path, problems, eval_problems, resume_from)
+
+
+def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
+    run = Path(cfg.runs) / cfg.name
+    resume_from = checkpoint.find_checkpoint(cfg.resume, run) if cfg.resume else None
+    if cfg.resume == "auto" and resume_from is None and (run / "policy").exists():
+        raise ValueError(
+            f"{run} is a finished run without checkpoints; nothing to go on from: choose another "
+            "--name"
+        )
+    same_run = resume_from and resume_from.path.parent.parent.resolve() == run.resolve()
+    prepare_folder(run, cfg.overwrite, resume=bool(same_run) or cfg.resume == "auto")
+    return resume_from
+
+
+def _check_model_files(
+    cfg: Config, model_path: str, resume_from: Checkpoint | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that this run can train. Raises ValueError if it cannot."""
+    config = model_config(model_path)
+    if resume_from:
+        checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
     if cfg.init_critic:
         head = value_head(cfg.init_critic)
         if head is None or head.numel() != config.hidden_size:
@@ -142,47 +187,44 @@ def _read(
             raise ValueError(
                 f"--init-critic {cfg.init_critic}: holds {holds}; expected {config.hidden_size}"
             )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"--model {path}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+            f"--model {model_path}: its tokenizer has {len(tokenizer)} tokens, the model "
+            f"{config.vocab_size}"
         )
-    check_length(cfg.prompt_tokens + cfg.response_tokens, config, path)
+    validate_length(cfg.prompt_tokens + cfg.response_tokens, config, model_path)
+    return tokenizer
 
-    def read(source: str, name: str = "") -> list[Problem]:
-        rows = data.load(source, name)
-        rows = data.tokenize(
-            rows, tokenizer, cfg.prompt_tokens, data.TEMPLATES[cfg.template], cfg.drop_bad_rows
-        )
-        return rows if cfg.reward else _gradable(rows, grader, cfg.drop_bad_rows)
 
-    if cfg.replay:
-        return path, [], [], found
-    problems = read(train_file)
-    heldout = [
-        problem for name, source in formats.named(sets).items() for problem in read(source, name)
-    ]
-    if len(problems) < cfg.prompts:
-        raise ValueError(
-            f"{train_file}: {len(problems)} problems are fewer than --prompts {cfg.prompts}"
-        )
-    return path, problems, heldout, found
+def _read_problems(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, grader: Grader, source: str, name: str = ""
+) -> list[Problem]:
+    template = data.TEMPLATES[cfg.template]
+    problems = data.load(source, name)
+    problems = data.tokenize(
+        problems, tokenizer, cfg.prompt_tokens, template, drop=cfg.drop_bad_rows
+    )
+    return problems if cfg.reward else _gradable(problems, grader, cfg.drop_bad_rows)
 
 
 def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Problem]:
+    """Problems whose gold answer the grader can parse, or that have tests. Raises ValueError at any
+    other problem, or leaves it out with `drop`."""
     good = [bool(p.tests) for p in problems]
     if not all(good):
-        good = [
-            a or b
-            for a, b in zip(good, grader.check_golds([p.answer for p in problems]), strict=True)
-        ]
+        parsed = grader.check_golds([p.answer for p in problems])
+        good = [has_tests or ok for has_tests, ok in zip(good, parsed, strict=True)]
     for problem, ok in zip(problems, good, strict=True):
         if not ok and not drop:
             raise ValueError(
-                f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}, so no response could "
-                "ever be right; mend the row or pass --drop-bad-rows"
+                f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}: "
+                "no response could be right; fix the row or pass --drop-bad-rows"
             )
     return [p for p, ok in zip(problems, good, strict=True) if ok]
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def model_path(model: str, seed: int) -> str:
@@ -190,17 +232,18 @@ def model_path(model: str, seed: int) -> str:
     return str(tiny.ensure(seed, name=model)) if model in tiny.TASKS else model
 
 
-def check_length(longest: int, config: Any, path: str) -> None:
-    """ValueError when the longest sequence has more tokens than the model has positions."""
+def validate_length(longest: int, config: Any, path: str) -> None:
+    """Raise ValueError when the longest sequence has more tokens than the model has positions."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and longest > positions:
         raise ValueError(
-            f"--prompt-tokens + --response-tokens is {longest}, over the {positions} positions of {path}"
+            f"--prompt-tokens + --response-tokens is {longest}, over the {positions} positions of "
+            f"{path}"
         )
 
 
 def model_config(path: str) -> Any:
-    """The configuration of a causal language model; ValueError for anything else."""
+    """The configuration of a causal language model. Raises ValueError for anything else."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -216,14 +259,18 @@ def model_config(path: str) -> Any:
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a sequence: the tokenizer's, and those of the model's generation settings."""
+    """The tokens that end a sequence: the tokenizer's, and those of the model's generation
+    settings. Raises ValueError if there are none."""
     try:
         listed = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
-        listed = None  # a folder need not have a generation config; the tokenizer then says
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+        listed = None  # a folder need not have generation settings
+    if not isinstance(listed, list):
+        listed = [listed]
+    ids = {tokenizer.eos_token_id, *listed} - {None}
     if not ids:
         raise ValueError(
-            f"--model {path}: neither tokenizer nor generation config names an end-of-sequence token"
+            f"--model {path}: neither tokenizer nor generation config names an end-of-sequence "
+            "token"
         )
     return sorted(ids)

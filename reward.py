@@ -1,111 +1,99 @@
-"""One response, one reward (§2.1.2): compared with the gold answer, run against tests, or judged by a function of one's own.
+"""The reward (§2.1.2): R = 1 if a response is right and ended by itself, else 0.
 
-text ─┬─ the problem has an answer ──▶ grader ──▶ Math-Verify, in a worker         ─┐
-      ├─ the problem has tests ──────▶ programs ▶ the program, in a sandbox         ─┼─▶ R, and 0 if truncated
-      └─ --reward module:function ───▶ your function of (response, problem)        ─┘
+    text ─┬─ the problem has a gold answer ─▶ grading.pool: extract, compare in a worker ─┐
+          ├─ the problem has tests ─────────▶ grading.programs: run in a sandbox ─────────┼─▶ R
+          └─ --reward module:function ──────▶ your function of (response, problem) ───────┘
+
+There is no format reward and no partial credit. A truncated response gets 0 whatever it holds.
 """
 
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from data import Problem
-from grading import programs
 from grading.pool import Grader
-from reports.metrics import describe, mean
-from rollout import Rollout, gather_rollouts
+from rollout import Rollout
 
-Reward = Callable[[str, Problem], float]
+CustomReward = Callable[[str, Problem], float]
 
 
-def score(rollouts: list[Rollout], grader: Grader, reward: Reward | None = None) -> list[Rollout]:
-    """Set the reward of each rollout, in place: R = 1 if its answer is right and it stopped by itself, else 0 (§2.1.2).
-    A truncated response gets 0 whatever it holds. Returns them.
+def score(
+    rollouts: list[Rollout], grader: Grader, custom_reward: CustomReward | None = None
+) -> list[Rollout]:
+    """Set R of each rollout, in place, and return them:
 
-    A problem with tests is a programming problem: its answer is a program, which is run in a sandbox. With a `reward` of
-    one's own (`--reward module:function`) R = reward(response, problem) for every response that stopped by itself.
+        R = points  if the response ended by itself (EOS or a stop string),  else 0
+
+    where the paper's points are 1 for the right answer and 0 for any other. A problem with tests is
+    a programming problem; its answer is a program that must pass them. With a `custom_reward`
+    (`--reward module:function`) points = custom_reward(response, problem).
     """
-    if reward:
-        for r in rollouts:
-            r.reward = _finite(reward, r) if r.finish_reason == "stop" else 0.0
-        return rollouts
-    compared = [r for r in rollouts if not r.problem.tests]
-    grades = grader.grade([r.text for r in compared], [r.problem.answer for r in compared])
-    for r, grade in zip(compared, grades, strict=True):
-        r.answer, r.timeout, r.reward = (
-            grade.answer,
-            grade.timeout,
-            grade.reward * (r.finish_reason == "stop"),
-        )
-    _run_programs([r for r in rollouts if r.problem.tests])
+    if custom_reward is None:
+        points = _grade(rollouts, grader)
+    else:
+        points = [_call(custom_reward, r) for r in rollouts]
+    for r, value in zip(rollouts, points, strict=True):
+        r.reward = value if r.finish_reason == "stop" else 0.0
     return rollouts
 
 
-def _run_programs(rollouts: list[Rollout]) -> None:
+def _grade(rollouts: list[Rollout], grader: Grader) -> list[float]:
+    """1 for each right answer, else 0; sets `answer` and `timeout`."""
+    programming = [r for r in rollouts if r.problem.tests]
+    compared = [r for r in rollouts if not r.problem.tests]
+    grades = grader.grade([r.text for r in compared], [r.problem.answer for r in compared])
+    for r, grade in zip(compared, grades, strict=True):
+        r.answer = grade.answer
+        r.timeout = grade.timeout
+    points = iter([grade.reward for grade in grades])
+    program_points = iter(_run_programs(programming))
+    return [next(program_points if r.problem.tests else points) for r in rollouts]
+
+
+def _run_programs(rollouts: list[Rollout]) -> list[float]:
+    """1 for each program that passes its tests, else 0; sets `answer` and `timeout`."""
     if not rollouts:
-        return
+        return []
+    from grading import programs  # only programming problems need the sandbox
+
     for r in rollouts:
-        r.answer = programs.extract_program(
-            r.text.rpartition("<answer>")[2].partition("</answer>")[0]
-        )
-    verdicts = programs.judge(
-        [r.answer for r in rollouts], [programs.decode_tests(r.problem.tests) for r in rollouts]
-    )
+        inside_tags = r.text.rpartition("<answer>")[2].partition("</answer>")[0]
+        r.answer = programs.extract_program(inside_tags)
+    tests = [programs.decode_tests(r.problem.tests) for r in rollouts]
+    verdicts = programs.judge([r.answer for r in rollouts], tests)
     for r, verdict in zip(rollouts, verdicts, strict=True):
-        r.reward, r.timeout = (
-            float(verdict.passed and r.finish_reason == "stop"),
-            verdict.reason == "time limit",
-        )
+        r.timeout = verdict.reason == "time limit"
+    return [float(verdict.passed) for verdict in verdicts]
 
 
-def _finite(reward: Reward, r: Rollout) -> float:
-    value = float(reward(r.text, r.problem))
+def _call(custom_reward: CustomReward, r: Rollout) -> float:
+    """The points of a finished response; a truncated one gets 0 without a call."""
+    if r.finish_reason != "stop":
+        return 0.0
+    value = float(custom_reward(r.text, r.problem))
     if not math.isfinite(value):
-        name = f"{reward.__module__}:{reward.__name__}"
+        name = f"{custom_reward.__module__}:{custom_reward.__name__}"
         raise ValueError(f"--reward {name}: gave {value} for a response to {r.problem.source}")
     return value
 
 
-def evaluate(
-    mine: list[Rollout], grader: Grader, reward: Reward | None = None
-) -> tuple[dict[str, float], list[Rollout]]:
-    """Score this rank's share of the responses to held-out problems, gather, and describe them; with several sets,
-    "reward" is the mean over all responses and "reward/<set>" each set's. Returns the metrics and all responses."""
-    rollouts = gather_rollouts(score(mine, grader, reward))
-    sets = by_set(rollouts)
-    each = (
-        {f"reward/{name}": mean([r.reward for r in part]) for name, part in sets.items()}
-        if len(sets) > 1
-        else {}
-    )
-    return describe(rollouts) | each, rollouts
-
-
-def by_set(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
-    """The responses of each set, which is what stands before the colon of a problem's source."""
-    sets = defaultdict(list)
-    for r in rollouts:
-        sets[r.problem.source.rpartition(":")[0]].append(r)
-    return dict(sets)
-
-
-def load_custom_reward(name: str) -> Reward | None:
-    """The function that `--reward module:function` names, from the folder of the program or the current one; none for "".
-    Raises ValueError when there is no such function."""
+def load_custom_reward(name: str) -> CustomReward | None:
+    """The function that `--reward module:function` names, from the program's folder or the current
+    one; None for "". Raises ValueError when there is no such function."""
     if not name:
         return None
     module, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found = getattr(import_module(module), function)
+        loaded = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"--reward {name}: expected module:function of a module that can be imported ({error})"
         ) from None
-    if not callable(found):
+    if not callable(loaded):
         raise ValueError(f"--reward {name}: is not a function")
-    return found
+    return loaded

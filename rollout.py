@@ -1,26 +1,45 @@
-"""Sampled responses: who samples which, how they come together, how the engines follow the policy, and files of them."""
+"""Rollouts: sampled with vLLM (or plain transformers), gathered from all ranks, saved and loaded;
+and the weights that the sampler gets from the policy after each update.
+
+    policy ──sync_weights──▶ sampler ──sample_responses──▶ [Rollout] ──gather_rollouts──▶ all ranks
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import distributed
+from config import BatchSettings, Sampling
+from curation.files import write_atomically
 from data import Problem
-from hf_sampler import HFSampler, Sampling, VllmSampler
+from hf_sampler import HFSampler, SampledTokens
 
 
 @dataclass
 class Rollout:
-    """One sampled response: token ids as sampled, the sampler's log-probability of each, "stop" or "length", and, once
-    graded, R ∈ {0, 1}."""
+    """One sampled response.
+
+    | field | meaning |
+    |---|---|
+    | problem | what was asked, with the token ids of the prompt |
+    | token_ids | the actions a_t, as sampled; never tokenized again |
+    | logprobs | the sampler's log-probability of each action |
+    | finish_reason | "stop": the response ended by itself; "length": it was cut off |
+    | text | the decoded response |
+    | answer, reward, timeout | set by `reward.score`: the extracted answer, R, grader out of time |
+    """
 
     problem: Problem
     token_ids: list[int]
@@ -33,147 +52,282 @@ class Rollout:
 
 
 def sample_responses(
-    engine: VllmSampler | HFSampler,
+    sampler: "VllmSampler | HFSampler",
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    count: int,
+    samples: int,
     sampling: Sampling,
     seed: str,
-    first: int = 0,
+    first_problem: int = 0,
 ) -> list[Rollout]:
-    """This rank's share of `count` responses to each problem; `gathered` puts the shares together.
+    """This rank's share of `samples` responses to each problem; `gather_rollouts` joins the shares.
 
-    Responses are dealt to engines one by one, so that every engine gets its part of every problem's: the expected
-    number of tokens is the same for all, which no division of problems could promise. Response i to the problem at
-    place p is drawn from a random stream of its own, derived from (seed, p, i): neither the number of engines nor the batch
-    matters, and a resumed run draws it again. `first` is the place of the first problem, where these are a part of more. Of
-    the ranks that share an engine the first one answers.
+    Responses go to the samplers in turn, so that every sampler gets a part of each problem's: the
+    expected number of tokens is then the same for all. Response i to problem p has a random stream
+    of its own, derived from (seed, p, i): neither the number of samplers nor the batch matters, and
+    a resumed run samples it again. `first_problem` is the number of the first problem where these
+    are a part of a longer list. Of the ranks that share a sampler, the first returns the responses.
     """
-    engines, number = distributed.world_size() // engine.ranks, distributed.rank() // engine.ranks
-    share = [divmod(k, count) for k in range(number, len(problems) * count, engines)]
-    streams = [_number(f"{seed}/{first + p}") for p in range(len(problems))]
-    samples = engine.generate(
-        [problems[p].prompt_ids for p, _ in share], [streams[p] + i for p, i in share], sampling
-    )
-    if distributed.rank() % engine.ranks:
+    num_samplers = distributed.world_size() // sampler.num_ranks
+    sampler_number = distributed.rank() // sampler.num_ranks
+    total = len(problems) * samples
+    share = [divmod(k, samples) for k in range(sampler_number, total, num_samplers)]
+    prompts = [problems[p].prompt_ids for p, _ in share]
+    seeds = [stream_seed(f"{seed}/{first_problem + p}", i) for p, i in share]
+    responses = sampler.generate(prompts, seeds, sampling)
+    if distributed.rank() % sampler.num_ranks:
         return []
-    texts = tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=False)
+    texts = tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=False)
     return [
-        Rollout(problems[p], s.token_ids, s.logprobs, s.finish_reason, text)
-        for (p, _), s, text in zip(share, samples, texts, strict=True)
+        Rollout(problems[p], r.token_ids, r.logprobs, r.finish_reason, text)
+        for (p, _), r, text in zip(share, responses, texts, strict=True)
     ]
 
 
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest())
+def stream_seed(name: str, sample: int) -> int:
+    """The seed of one response's random stream: 48 bits of the name's hash, plus its number."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) + sample
 
 
-def gather_rollouts(mine: list[Rollout]) -> list[Rollout]:
+def gather_rollouts(local_rollouts: list[Rollout]) -> list[Rollout]:
     """The responses of all ranks, problem by problem, on every rank."""
-    parts = [part for part in distributed.all_gather_objects(mine) if part]
-    return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
+    shares = [share for share in distributed.all_gather_objects(local_rollouts) if share]
+    total = sum(map(len, shares))
+    return [shares[k % len(shares)][k // len(shares)] for k in range(total)]
 
 
-def sync_weights(engine: VllmSampler | HFSampler, policy: torch.nn.Module) -> None:
-    """Give the engine every weight of the policy, gathered from the ranks one parameter at a time. The head is passed by
-    name even where it is tied to the embedding and a state dict may not list it: vLLM would go on with the new body and
-    the old head, without an error."""
-    weights = dict(policy.model.named_parameters())
-    weights["lm_head.weight"] = policy.model.get_output_embeddings().weight
-    engine.load_weights(
-        (name, distributed.full_tensor(weight, engine.dtype)) for name, weight in weights.items()
+# ── the samplers ──────────────────────────────────────────────────────────────────────────────────
+
+
+class VllmSampler:
+    """vLLM as a library inside this process, one engine for every `tensor_parallel` ranks.
+
+    `sync_weights` reaches it through `reload_weights`, on GPUs and on vLLM's CPU build alike. On a
+    GPU it sleeps while models train: weights and key-value cache are dropped and come back empty,
+    so that only `sync_weights` can wake it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        eos: Sequence[int],
+        dtype: str,
+        max_len: int,
+        max_num_seqs: int,
+        memory: float,
+        tensor_parallel: int = 1,
+    ) -> None:
+        on_gpu = torch.cuda.is_available()
+        _prepare_vllm(on_gpu)
+        from vllm import LLM, SamplingParams
+
+        self.SamplingParams = SamplingParams
+        self.eos = list(eos)
+        self.dtype = getattr(torch, dtype)
+        self.num_ranks = tensor_parallel
+        self.can_sleep = on_gpu
+        self.asleep = False
+        self.llm = LLM(
+            model=path,
+            dtype=dtype,
+            max_model_len=max_len,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=memory,
+            enforce_eager=not on_gpu,
+            # A prompt read in pieces rewinds its random stream, which vLLM can do on a GPU only.
+            enable_chunked_prefill=on_gpu,
+            max_num_batched_tokens=max(max_len, 8192),
+            enable_prefix_caching=True,
+            generation_config="vllm",  # nothing but our own sampling parameters
+            # log-probabilities of the distribution sampled from, after temperature and top-p
+            logprobs_mode="processed_logprobs",
+            # The ranks of one engine need one seed; it is unused, since every request has its own.
+            seed=distributed.rank() // tensor_parallel,
+            tensor_parallel_size=tensor_parallel,
+            distributed_executor_backend="external_launcher" if distributed.started() else None,
+            enable_sleep_mode=on_gpu,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[SampledTokens]:
+        """One response to each prompt, sampled from the random stream of its seed. The same prompt
+        may occur several times. Raises RuntimeError while vLLM sleeps."""
+        if self.asleep:
+            raise RuntimeError("vLLM is asleep and holds no weights; sync them before sampling")
+        self._clear_prefix_cache()
+        parameters = [
+            self.SamplingParams(
+                seed=seed,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop=list(sampling.stop),
+                include_stop_str_in_output=True,
+                stop_token_ids=self.eos,
+                skip_special_tokens=False,
+                logprobs=0,
+            )
+            for seed in seeds
+        ]
+        requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        return [_sampled_tokens(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Wake up and load (name, weight) pairs; the key-value cache comes back after them."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self._clear_prefix_cache()
+
+    def sleep(self) -> None:
+        """Free the GPU's memory until the next `load_weights`; on a CPU nothing happens."""
+        if self.can_sleep and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def close(self) -> None:
+        """Leave vLLM's process groups, and with them the ranks'. It is the last thing a rank does:
+        at the end of the process vLLM would do it by itself, when the groups are already gone."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _clear_prefix_cache(self) -> None:
+        """After a sync the cached keys and values are those of the old weights. And a call that
+        finds the prefixes of an earlier one computes in another order: a resumed run would differ
+        by rounding."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache; it would answer with old weights")
+
+
+def _prepare_vllm(on_gpu: bool) -> None:
+    """Settings that vLLM reads when it is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # In GiB. Without it the CPU build takes half of the memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Without these the CPU build binds this process to cores of its choice, with as many threads.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    if not on_gpu:
+        torch._dynamo.config.disable = True  # some small functions would need a C++ compiler
+    # A warning that Triton is missing where it is not needed, and one that is raised inside vLLM.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed.reduce_op` is deprecated", category=FutureWarning
     )
 
 
+def _sampled_tokens(completion: Any) -> SampledTokens:
+    """vLLM's completion, with the log-probability of each sampled token."""
+    token_ids = list(completion.token_ids)
+    logprobs = [
+        candidates[token_id].logprob
+        for token_id, candidates in zip(token_ids, completion.logprobs, strict=True)
+    ]
+    return SampledTokens(token_ids, logprobs, completion.finish_reason)
+
+
+def open_sampler(
+    cfg: BatchSettings,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: list[int],
+    asleep: bool = False,
+) -> VllmSampler | HFSampler:
+    """The sampler that `cfg.engine` asks for. Open it before other models are loaded: vLLM takes
+    its share of a GPU that is still empty, and then, with `asleep`, sleeps until the first sync."""
+    on_gpu = torch.cuda.is_available()
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    if cfg.engine == "vllm" or (cfg.engine == "auto" and on_gpu and find_spec("vllm")):
+        max_len = cfg.prompt_tokens + cfg.response_tokens
+        sampler = VllmSampler(
+            path, eos, dtype, max_len, cfg.max_num_seqs, cfg.vllm_memory, cfg.tensor_parallel
+        )
+        if asleep:
+            sampler.sleep()
+        return sampler
+    return HFSampler(path, tokenizer, eos, dtype, distributed.device(), cfg.max_num_seqs)
+
+
+def sync_weights(sampler: VllmSampler | HFSampler, policy: torch.nn.Module) -> None:
+    """Give the sampler every weight of the policy, gathered from the ranks one parameter at a time.
+    The head is passed by name even where it is tied to the embedding and a state dict may not list
+    it: vLLM would continue with the new body and the old head, without an error."""
+    weights = dict(policy.model.named_parameters())
+    weights["lm_head.weight"] = policy.model.get_output_embeddings().weight
+    sampler.load_weights(
+        (name, distributed.full_tensor(weight, sampler.dtype)) for name, weight in weights.items()
+    )
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
 def transcript(r: Rollout) -> dict[str, Any]:
-    """A rollout as one JSON object for people: texts, not ids."""
+    """A rollout as one JSON object for people: texts instead of token ids."""
     return {
-        "problem": r.problem.source, "question": r.problem.question, "gold": r.problem.answer, "response": r.text,
-        "answer": r.answer, "reward": r.reward, "finish": r.finish_reason, "tokens": len(r.token_ids), "timeout": r.timeout,
-    }  # fmt: skip
+        "problem": r.problem.source,
+        "question": r.problem.question,
+        "gold": r.problem.answer,
+        "response": r.text,
+        "answer": r.answer,
+        "reward": r.reward,
+        "finish": r.finish_reason,
+        "tokens": len(r.token_ids),
+        "timeout": r.timeout,
+    }
 
 
-def transcripts(
-    rollouts: Sequence[Rollout], keep: int, keep_tokens: int,
-    tokenizer: PreTrainedTokenizerBase, values: Tensor | None, advantages: Tensor,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Transcripts of `keep` rollouts, spread over the step's problems. `keep_tokens` of them, spread likewise, have every
-    token's text, id, log-probability as sampled, V(s_t) (unless `values` is None) and Â_t, to four digits. Values and
-    advantages are flat (N,), in the order of `rollouts`. Where the texts of the tokens are not the response, these are
-    left out."""
-    starts = [0, *accumulate(len(r.token_ids) for r in rollouts)]
-    kept = _spread(range(len(rollouts)), keep)
-    detailed = _spread(kept, keep_tokens)
-    for i in kept:
-        r, here, per_token = rollouts[i], slice(starts[i], starts[i + 1]), {}
-        if i in detailed and "".join(texts := pieces(tokenizer, r.token_ids)) == r.text:
-            per_token = {"pieces": texts, "ids": r.token_ids, "logprobs": _short(r.logprobs)}
-            per_token |= {} if values is None else {"values": _short(values[here].tolist())}
-            per_token["advantages"] = _short(advantages[here].tolist())
-        yield transcript(r) | per_token
+def save_rollouts(path: Path, rollouts: Sequence[Rollout], with_ids: bool = True) -> None:
+    """Rollouts as JSON lines. With token ids and log-probabilities, `load_rollouts` restores the
+    same rollouts. The file appears whole or not at all."""
+
+    def line(r: Rollout) -> str:
+        record = transcript(r)
+        if with_ids:
+            record |= {"prompt_ids": r.problem.prompt_ids, "ids": r.token_ids}
+            record |= {"logprobs": r.logprobs}
+        return json.dumps(record, ensure_ascii=False) + "\n"
+
+    write_atomically(path, (line(r) for r in rollouts))
 
 
-def _spread(items: Sequence[int], count: int) -> Sequence[int]:
-    return items[:: max(1, len(items) // max(1, count))][:count]
-
-
-def _short(numbers: Sequence[float]) -> list[float]:
-    return [float(f"{x:.4g}") for x in numbers]
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token, so that all of them together are the text of the response. A character that is split over
-    tokens belongs to its last one; the others are empty. A token is decoded after the one before it, because some
-    tokenizers drop a space at the beginning.
-
-    >>> import tiny
-    >>> pieces(tiny.tokenizer(), tiny.tokenizer().encode(" so 7 ∑"))
-    [' so', ' 7', ' ', '', '', '∑']
-    """
-    texts, start, seen = [], 0, ""
-    for t in range(len(ids)):
-        text = tokenizer.decode(ids[start : t + 1])
-        if text.endswith("\ufffd") and t + 1 < len(ids):  # perhaps the beginning of a character
-            texts.append("")
-            continue
-        texts.append(text[len(seen) :])
-        start, seen = t, tokenizer.decode(ids[t : t + 1])
-    return texts
-
-
-def save_rollouts(path: Path, rollouts: Sequence[Rollout], ids: bool = True) -> None:
-    """Rollouts as JSON lines; with `ids`, and log-probabilities, `read` makes the same rollouts of them again. Written
-    beside and renamed, by whichever rank calls."""
-    beside = path.with_name(f"{path.name}.{distributed.rank()}.tmp")
-    with beside.open("w") as file:
-        for r in rollouts:
-            exact = (
-                {"prompt_ids": r.problem.prompt_ids, "ids": r.token_ids, "logprobs": r.logprobs}
-                if ids
-                else {}
-            )
-            print(json.dumps(transcript(r) | exact, ensure_ascii=False), file=file)
-    beside.replace(path)
-
-
-def load_rollouts(path: Path, ids: bool = True) -> list[Rollout]:
-    """Rollouts that `write` left. Of those it left without ids only the number of tokens is known: they are zeros.
-    Raises ValueError naming file, line and what is missing."""
+def load_rollouts(path: Path, with_ids: bool = True) -> list[Rollout]:
+    """Rollouts that `save_rollouts` left. Of those saved without ids only the number of tokens is
+    known; their ids are zeros. Raises ValueError naming file, line and what is missing."""
     rollouts = []
     with path.open() as file:
         for number, line in enumerate(file, 1):
             try:
-                r = json.loads(line)
-                exact = (
-                    (r["prompt_ids"], r["ids"], r["logprobs"])
-                    if ids
-                    else ((), [0] * r["tokens"], [])
-                )
-                problem = Problem(r["problem"], r["question"], r["gold"], tuple(exact[0]))
-                graded = (r["response"], r["answer"], r["reward"], r["timeout"])
-                rollouts.append(Rollout(problem, exact[1], exact[2], r["finish"], *graded))
+                rollouts.append(_parse_rollout(json.loads(line), with_ids))
             except (json.JSONDecodeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}: line {number}: not a saved rollout ({error!r})"
-                ) from None
+                message = f"{path}: line {number}: not a saved rollout ({error!r})"
+                raise ValueError(message) from None
     return rollouts
+
+
+def _parse_rollout(record: dict[str, Any], with_ids: bool) -> Rollout:
+    prompt_ids, token_ids, logprobs = (), [0] * record["tokens"], []
+    if with_ids:
+        prompt_ids, token_ids, logprobs = record["prompt_ids"], record["ids"], record["logprobs"]
+    problem = Problem(record["problem"], record["question"], record["gold"], tuple(prompt_ids))
+    return Rollout(
+        problem,
+        token_ids,
+        logprobs,
+        record["finish"],
+        record["response"],
+        record["answer"],
+        record["reward"],
+        record["timeout"],
+    )

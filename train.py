@@ -1,9 +1,11 @@
-"""Open-Reasoner-Zero: vanilla PPO with a critic, GAE at γ = λ = 1 and a 0/1 reward, straight on a base model.
+"""Open-Reasoner-Zero: vanilla PPO with a critic, GAE at γ = λ = 1 and a 0/1 reward, on a base
+model.
 
-    python train.py                                             the tiny model, on a laptop
-    torchrun --nproc-per-node 8 train.py --model Qwen2.5-7B --data orz_57k.json      the paper's settings of that size
+    python train.py                                    the tiny model, on a laptop
+    torchrun --nproc-per-node 8 train.py --model Qwen2.5-7B --data orz_57k.json      the paper's 7B
 
-`train` is the whole algorithm; each stage of it is one file of this folder.
+Trains --model on --data and writes runs/<name>/: metrics, transcripts, checkpoints, figures, and
+the trained policy and critic as Hugging Face folders. The defaults are the paper's settings.
 """
 
 import math
@@ -11,216 +13,236 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch.optim import AdamW
+from transformers import GenerationConfig
 
-import checkpoint
 import data
 import distributed
 import ppo
-import rollout
-from checkpoint import Checkpoints, export
-from config import Config, parse
+from checkpoint import Checkpoints, Trained, export_model, load_checkpoint
+from config import STOP, Config, parse
 from critic import Critic, load_critic
+from distributed import Sharding
 from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
-from hf_sampler import Sampling, open_sampler
-from packing import forward_all_tokens, micro_batches, mini_batches
+from hf_sampler import HFSampler
+from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
 from preflight import Inputs, prepare
-from reports.log import RunLog
-from reports.metrics import describe, explained_variance, mean
-from reward import evaluate, score
-from rollout import Rollout
-from tools import plan
+from reports.log import RunLog, draw_run
+from reports.metrics import describe, explained_variance, heldout_metrics, mean
+from rollout import (
+    Rollout,
+    VllmSampler,
+    gather_rollouts,
+    load_rollouts,
+    open_sampler,
+    sample_responses,
+    sync_weights,
+)
+
+Sampler = VllmSampler | HFSampler
+
+
+class Models(NamedTuple):
+    """What trains, and the fixed reference model of the KL ablations."""
+
+    policy: Policy
+    policy_optimizer: AdamW
+    critic: Critic | None  # None with GRPO
+    critic_optimizer: AdamW | None
+    reference: Policy | None  # None in the recipe
+
+    def trained(self) -> Trained:
+        """What checkpoints hold."""
+        trained = {"policy": (self.policy, self.policy_optimizer)}
+        if self.critic:
+            trained["critic"] = (self.critic, self.critic_optimizer)
+        return trained
 
 
 def train(cfg: Config, inputs: Inputs) -> Path:
-    """Train, evaluate, draw; returns the run folder. Every rank runs this."""
-    path, tokenizer, eos, problems, heldout, found, grader, reward = inputs
-    engine = None if cfg.replay else open_sampler(cfg, path, tokenizer, eos, asleep=True)
-    policy, critic, reference = load_models(cfg, path)
-    policy_optimizer, critic_optimizer = (
-        ppo.adamw(list(m.parameters())) if m else None for m in (policy, critic)
-    )
-    trained = {"policy": (policy, policy_optimizer)} | (
-        {"critic": (critic, critic_optimizer)} if critic else {}
-    )
-    first = checkpoint.load(found, trained)
-    sampling = Sampling(cfg.response_tokens, cfg.temperature, cfg.top_p)
-    on_device = partial(distributed.on_device, cfg.offload)
-
-    def sample(problems: Sequence[data.Problem], count: int, stream: str) -> list[Rollout]:
-        return rollout.sample_responses(
-            engine, tokenizer, problems, count, sampling, f"{cfg.seed}/{stream}"
-        )
-
-    def held_out(step: int) -> tuple[dict[str, float], list[Rollout]]:
-        return evaluate(sample(heldout, cfg.eval_samples, f"eval/{step}"), grader, reward)
-
-    if engine:
-        with on_device(policy):
-            rollout.sync_weights(engine, policy)
-            check_sampler_matches_policy(
-                cfg,
-                policy,
-                rollout.gather_rollouts(
-                    sample(problems[: max(4, distributed.world_size())], 1, "check")
-                ),
-            )
-    log = RunLog(Path(cfg.runs) / cfg.name, cfg, found)
-    with grader, log, Checkpoints(log.folder / "checkpoints", cfg, trained, first) as checkpoints:
-        if heldout and not found:
-            log.evaluation(0, held_out)
-        for step in range(first, cfg.steps):
-            if engine:
-                with log.phase("sample"):
-                    mine = sample(
-                        data.take(problems, step, cfg.prompts, cfg.seed), cfg.samples, f"{step}"
-                    )
-                    engine.sleep()
-                with log.phase("grade"):
-                    rollouts = rollout.gather_rollouts(score(mine, grader, reward))
-            else:
-                rollouts = rollout.load_rollouts(Path(cfg.replay) / f"step-{step}.jsonl")
+    """Train, evaluate and export; returns the run folder. Every rank runs this."""
+    sampler = None if cfg.replay else start_sampler(cfg, inputs)
+    models = load_models(cfg, inputs.model_path)
+    policy, critic = models.policy, models.critic
+    first_step = load_checkpoint(inputs.resume_from, models.trained())
+    if sampler:
+        check_sampler_matches_policy(cfg, inputs, sampler, policy)
+    log = RunLog(Path(cfg.runs) / cfg.name, cfg, inputs.resume_from)
+    checkpoints = Checkpoints(log.folder / "checkpoints", cfg, models.trained(), first_step)
+    on_device = partial(distributed.on_device, cfg.offload)  # the rest of the time in host memory
+    with inputs.grader, log, checkpoints:
+        if inputs.resume_from is None:
+            evaluate_heldout(cfg, inputs, sampler, log, 0)
+        for step in range(first_step, cfg.steps):
+            rollouts = collect_rollouts(cfg, inputs, sampler, log, step)  # a_t and R
+            metrics = describe(rollouts)
             with log.dump_rollouts_on_nan(step, rollouts):
-                with (
-                    log.phase("values"),
-                    on_device(critic),
-                    on_device(policy if cfg.kl_reward else None),
-                ):
-                    values = predict_values(cfg, critic, rollouts)
-                    A, targets = compute_advantages(cfg, policy, reference, rollouts, values)
-                with log.phase("critic"), on_device(critic, critic_optimizer):
-                    stats = update_critic(
-                        cfg, critic, critic_optimizer, rollouts, values, targets, step
-                    )
-                with log.phase("policy"), on_device(policy, policy_optimizer):
-                    stats |= update_policy(
-                        cfg,
-                        policy,
-                        reference,
-                        policy_optimizer,
-                        rollouts,
-                        normalize_advantages(A),
-                        step,
-                    )
-            if engine:
+                if critic:
+                    with log.phase("values"), on_device(critic):
+                        values = predict_values(cfg, critic, rollouts)  # V(s_t)
+                        advantages, targets = compute_advantages(cfg, models, rollouts, values)
+                    with log.phase("critic"), on_device(critic, models.critic_optimizer):
+                        metrics |= update_critic(cfg, models, rollouts, values, targets, step)
+                else:  # GRPO, the paper's comparison
+                    values = None
+                    advantages = compute_group_advantages(cfg, rollouts)
+                advantages = normalize_advantages(advantages)  # §3.1
+                with log.phase("policy"), on_device(policy, models.policy_optimizer):
+                    metrics |= update_policy(cfg, models, rollouts, advantages, step)
+            if sampler:
                 with log.phase("sync"), on_device(policy):
-                    rollout.sync_weights(engine, policy)
-            log.step(
-                step,
-                describe(rollouts) | stats,
-                rollouts,
-                tokenizer,
-                values if critic else None,
-                normalize_advantages(A),
-            )
-            done, last = step + 1, step + 1 == cfg.steps
-            if heldout and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
-                log.evaluation(done, held_out)
+                    sync_weights(sampler, policy)
+            log.step(step, metrics, rollouts, inputs.tokenizer, values, advantages)
+            evaluate_heldout(cfg, inputs, sampler, log, step + 1)
             with log.aside("checkpoint"):
-                checkpoints.step(done, last, log.records)
-        log.before_after()
-    with on_device(policy), on_device(critic):
-        save_models(cfg, policy, critic, tokenizer, eos, log.folder)
-    log.draw()
-    if engine:
-        engine.close()
+                checkpoints.step(step + 1, step + 1 == cfg.steps, log.records)
+        log.print_before_after()
+    save_models(cfg, models, inputs, log.folder)
+    if sampler:
+        sampler.close()
     return log.folder
 
 
-def load_models(cfg: Config, path: str) -> tuple[Policy, Critic | None, Policy | None]:
-    """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for KL."""
-    sharding = distributed.Sharding(
-        cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile
-    )
+# ── before the loop ───────────────────────────────────────────────────────────────────────────────
+
+
+def start_sampler(cfg: Config, inputs: Inputs) -> Sampler:
+    """The sampler, asleep until it gets the policy's weights."""
+    return open_sampler(cfg, inputs.model_path, inputs.tokenizer, inputs.eos, asleep=True)
+
+
+def load_models(cfg: Config, path: str) -> Models:
+    """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for
+    KL."""
+    sharding = Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile)
     policy = load_policy(path, sharding)
-    critic = (
-        load_critic(cfg.init_critic or path, cfg.value_head, cfg.seed, sharding)
-        if "critic" in cfg.roles
-        else None
-    )
-    fixed = sharding._replace(offload=False)
-    reference = (
-        load_policy(path, fixed).requires_grad_(False) if cfg.kl_loss or cfg.kl_reward else None
-    )
-    return policy, critic, reference
+    critic = critic_optimizer = reference = None
+    if "critic" in cfg.trained_roles:
+        critic = load_critic(cfg.init_critic or path, cfg.value_head, cfg.seed, sharding)
+        critic_optimizer = ppo.adamw(list(critic.parameters()))
+    if cfg.kl_loss or cfg.kl_reward:
+        reference = load_policy(path, sharding._replace(offload=False)).requires_grad_(False)
+    policy_optimizer = ppo.adamw(list(policy.parameters()))
+    return Models(policy, policy_optimizer, critic, critic_optimizer, reference)
 
 
-def save_models(
-    cfg: Config,
-    policy: Policy,
-    critic: Critic | None,
-    tokenizer: PreTrainedTokenizerBase,
-    eos: list[int],
-    folder: Path,
+def check_sampler_matches_policy(
+    cfg: Config, inputs: Inputs, sampler: Sampler, policy: Policy
 ) -> None:
-    """Export what was trained, with the settings it was sampled with."""
-    generation = GenerationConfig(
-        do_sample=True, temperature=cfg.temperature, top_p=cfg.top_p, top_k=0, max_new_tokens=cfg.response_tokens,
-        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, stop_strings=list(Sampling.stop),
-    )  # fmt: skip
-    export(policy, tokenizer, folder / "policy", generation)
-    if critic:
-        export(critic, tokenizer, folder / "critic")
+    """Give the sampler the policy's weights, sample a little, and compare log-probabilities."""
+    problems = inputs.problems[: max(4, distributed.world_size())]
+    with distributed.on_device(cfg.offload, policy):
+        sync_weights(sampler, policy)
+        stream = f"{cfg.seed}/check"
+        local = sample_responses(sampler, inputs.tokenizer, problems, 1, cfg.sampling, stream)
+        require_same_logprobs(cfg, policy, gather_rollouts(local))
 
 
-def predict_values(cfg: Config, critic: Critic | None, rollouts: Sequence[Rollout]) -> Tensor:
-    """V(s_t) of all response tokens before the critic's update, flat (N,); zeros where there is no critic."""
-    if critic is None:
-        return torch.zeros(sum(len(r.token_ids) for r in rollouts), device=distributed.device())
+def require_same_logprobs(cfg: Config, policy: Policy, rollouts: Sequence[Rollout]) -> None:
+    """Raise RuntimeError when the log-probabilities of any sampler are not the policy's. A sampler
+    with stale or wrong weights would train on another model's responses, without any other sign."""
+    logp_sampler = sampler_logprobs(rollouts)
+    gaps = (compute_logprobs(cfg, policy, rollouts) - logp_sampler).abs()
+    by_response = gaps.split([len(r.token_ids) for r in rollouts])
+    # Responses went to the samplers in turn.
+    num_samplers = min(distributed.world_size() // cfg.tensor_parallel, len(by_response))
+    by_sampler = [torch.cat(by_response[s::num_samplers]).mean() for s in range(num_samplers)]
+    gap = max(map(float, by_sampler))
+    if not gap <= cfg.max_logp_gap:
+        raise RuntimeError(
+            f"sampler and trainer differ by {gap:.3g} nats per token (limit --max-logp-gap "
+            f"{cfg.max_logp_gap}): the sampler does not hold the policy's weights"
+        )
+
+
+# ── the stages of a step ──────────────────────────────────────────────────────────────────────────
+
+
+def collect_rollouts(
+    cfg: Config, inputs: Inputs, sampler: Sampler | None, log: RunLog, step: int
+) -> list[Rollout]:
+    """Sample and grade this rank's share of the step's responses, and gather all ranks' shares.
+    With --replay, load them."""
+    if sampler is None:
+        return load_rollouts(Path(cfg.replay) / f"step-{step}.jsonl")
+    problems = data.take(inputs.problems, step, cfg.prompts, cfg.seed)
+    stream = f"{cfg.seed}/{step}"
+    with log.phase("sample"):
+        local_rollouts = sample_responses(
+            sampler, inputs.tokenizer, problems, cfg.samples, cfg.sampling, stream
+        )
+        sampler.sleep()
+    with log.phase("grade"):
+        return gather_rollouts(inputs.score(local_rollouts))
+
+
+def predict_values(cfg: Config, critic: Critic, rollouts: Sequence[Rollout]) -> Tensor:
+    """V(s_t) of all response tokens before the critic's update, flat (N,)."""
     return forward_all_tokens(critic, rollouts, cfg.micro_tokens, distributed.device())
 
 
 def compute_advantages(
-    cfg: Config,
-    policy: Policy,
-    reference: Policy | None,
-    rollouts: Sequence[Rollout],
-    values: Tensor,
+    cfg: Config, models: Models, rollouts: Sequence[Rollout], values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Â_t and value targets of all response tokens of the step, flat (N,) (§2.1); in GRPO mode its group advantage."""
+    """Â_t and value targets G_t of all response tokens of the step, flat (N,) (§2.1). In the recipe
+    Â_t = R − V(s_t) and G_t = R."""
     lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=values.device)
     R = torch.tensor([r.reward for r in rollouts], device=values.device)
     rewards = last_token_rewards(R, lengths)
-    if reference and cfg.kl_reward:
-        logp, logp_ref = (compute_logprobs(cfg, model, rollouts) for model in (policy, reference))
+    if models.reference and cfg.kl_reward:
+        with distributed.on_device(cfg.offload, models.policy):
+            logp = compute_logprobs(cfg, models.policy, rollouts)
+        logp_ref = compute_logprobs(cfg, models.reference, rollouts)
         rewards = ppo.kl_shaped_rewards(rewards, logp, logp_ref, cfg.kl_reward, cfg.kl_estimator)
-    A, targets = gae(rewards, values, lengths, cfg.gamma, cfg.lam)
-    if cfg.advantage == "grpo":
-        groups = torch.arange(len(rollouts), device=values.device) // cfg.samples
-        A = grpo_advantages(R, groups, lengths)
-    return A, targets
+    return gae(rewards, values, lengths, cfg.gamma, cfg.lam)
+
+
+def compute_group_advantages(cfg: Config, rollouts: Sequence[Rollout]) -> Tensor:
+    """GRPO's Â_t of all response tokens of the step, flat (N,): the --samples responses to a
+    problem are a group."""
+    device = distributed.device()
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=device)
+    R = torch.tensor([r.reward for r in rollouts], device=device)
+    groups = torch.arange(len(rollouts), device=device) // cfg.samples
+    return grpo_advantages(R, groups, lengths)
 
 
 def update_critic(
-    cfg: Config, critic: Critic | None, optimizer: torch.optim.AdamW | None, rollouts: Sequence[Rollout],
-    values: Tensor, targets: Tensor, step: int,
-) -> dict[str, float]:  # fmt: skip
-    """Eq. 2: one optimizer step on each of 12 mini-batches that together use every response once (§3.1)."""
-    if critic is None or optimizer is None:
-        return {}
+    cfg: Config,
+    models: Models,
+    rollouts: Sequence[Rollout],
+    values: Tensor,
+    targets: Tensor,
+    step: int,
+) -> dict[str, float]:
+    """Eq. 2: one optimizer step on each of 12 mini-batches that together use every response once
+    (§3.1). The loss is the mean over the response tokens of the mini-batch, over all its packs and
+    ranks."""
     lengths = [len(r.token_ids) for r in rollouts]
-    losses, norms, lr = [], [], 0.0
-    for k, members in enumerate(mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")):
-        tokens, total = sum(lengths[i] for i in members), torch.zeros((), device=values.device)
+    losses, norms = [], []
+    lr = 0.0
+    batches = mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")
+    for k, members in enumerate(batches):
+        num_tokens = sum(lengths[i] for i in members)
+        total = torch.zeros((), device=values.device)
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, values.device):
-            v = critic(micro)
-            loss = (
-                ppo.value_loss(v, targets[micro.flat], values[micro.flat], cfg.value_clip) / tokens
-            )
+            v = models.critic(micro)
+            loss = ppo.value_loss(v, targets[micro.flat], values[micro.flat], cfg.value_clip)
+            loss = loss / num_tokens
             loss.backward()
             total += loss.detach()
+        losses.append(require_finite("value loss", total))
         lr = ppo.learning_rate(step * cfg.critic_steps + k, cfg.critic_lr, cfg.critic_lr_warmup)
-        losses.append(finite("value loss", total))
-        norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_grad_norm))
+        norms.append(ppo.optimizer_step(models.critic_optimizer, lr, cfg.max_grad_norm))
+    losses = distributed.all_reduce_sum(torch.tensor(losses, dtype=torch.float64)).tolist()
     return {
-        "value_loss": mean(
-            distributed.all_reduce_sum(torch.tensor(losses, dtype=torch.float64)).tolist()
-        ),
+        "value_loss": mean(losses),
         "critic_grad_norm": mean(norms),
         "critic_lr": lr,
         "value_mean": float(values.mean()),
@@ -229,112 +251,164 @@ def update_critic(
 
 
 def update_policy(
-    cfg: Config, policy: Policy, reference: Policy | None, optimizer: torch.optim.AdamW,
-    rollouts: Sequence[Rollout], A: Tensor, step: int,
-) -> dict[str, float]:  # fmt: skip
-    """Eq. 1: one strictly on-policy step on the whole batch (§3.1), or `policy_steps` steps on as many mini-batches.
+    cfg: Config, models: Models, rollouts: Sequence[Rollout], advantages: Tensor, step: int
+) -> dict[str, float]:
+    """Eq. 1: one strictly on-policy step on the whole batch (§3.1), or `policy_steps` steps on as
+    many mini-batches.
 
-    On-policy, π_old is the policy itself, so its log-probabilities are the current ones, detached: no extra forward pass.
+    The paper's expectation E[Σ_t …] over responses became a mean over the response tokens of the
+    update, as in the authors' code: every token weighs alike, and a long response weighs more than
+    a short one. On-policy, π_old is the policy itself, so its log-probabilities are the current
+    ones, detached: no extra forward pass.
     """
     lengths = [len(r.token_ids) for r in rollouts]
-    logp_sampler = torch.tensor([p for r in rollouts for p in r.logprobs], device=A.device)
-    logp_old = compute_logprobs(cfg, policy, rollouts) if cfg.policy_steps > 1 else None
-    names = ("policy_loss", "entropy", "clipped", "logp_gap", "kl")
-    sums = torch.zeros(
-        len(names), dtype=torch.float64, device=A.device
-    )  # read once: a GPU need not wait for the host
-    kl, gap_max, norms, lr = (
-        torch.zeros((), device=A.device),
-        torch.zeros(1, device=A.device),
-        [],
-        0.0,
-    )
-    for k, members in enumerate(mini_batches(lengths, cfg.policy_steps, f"{cfg.seed}/{step}")):
-        tokens = sum(lengths[i] for i in members)
-        for micro in micro_batches(rollouts, members, cfg.micro_tokens, A.device):
-            logp, entropy = policy(micro, cfg.temperature)
+    logp_sampler = sampler_logprobs(rollouts)
+    logp_old = None
+    if cfg.policy_steps > 1:
+        logp_old = compute_logprobs(cfg, models.policy, rollouts)
+    totals = PolicyTotals(advantages.device)
+    norms = []
+    lr = 0.0
+    batches = mini_batches(lengths, cfg.policy_steps, f"{cfg.seed}/{step}")
+    for k, members in enumerate(batches):
+        num_tokens = sum(lengths[i] for i in members)
+        for micro in micro_batches(rollouts, members, cfg.micro_tokens, advantages.device):
+            logp, entropy = models.policy(micro, cfg.temperature)
             old = logp.detach() if logp_old is None else logp_old[micro.flat]
-            advantage = A[micro.flat]
+            advantage = advantages[micro.flat]
             if cfg.tis_cap:
                 advantage = advantage * ppo.truncated_is(old, logp_sampler[micro.flat], cfg.tis_cap)
             loss, clipped = ppo.policy_loss(logp, old, advantage, cfg.clip_eps)
-            if reference and cfg.kl_loss:
-                with torch.no_grad():
-                    logp_ref, _ = reference(micro, cfg.temperature)
-                kl = ppo.kl(logp, logp_ref, cfg.kl_estimator).sum()
+            kl = reference_kl(cfg, models, micro, logp)
+            if kl is not None:
                 loss = loss + cfg.kl_loss * kl
-            (loss / tokens).backward()
-            gap = (old - logp_sampler[micro.flat]).abs()
-            gap_max = torch.cat([gap_max, gap]).max(0, keepdim=True).values
-            sums += torch.stack(
-                [loss.detach(), entropy.sum(), clipped.sum(), gap.sum(), kl.detach()]
-            )
-        finite("policy loss", sums[0])
-        lr = ppo.learning_rate(
-            step * cfg.policy_steps + k,
-            cfg.policy_lr,
-            cfg.policy_lr_warmup,
-            cfg.anneal_steps,
-            cfg.anneal_to,
-        )
-        norms.append(ppo.optimizer_step(optimizer, lr, cfg.max_grad_norm))
-    totals = (distributed.all_reduce_sum(sums) / sum(lengths)).tolist()
-    per_token = {
-        name: total
-        for name, total in zip(names, totals, strict=True)
-        if name != "kl" or cfg.kl_loss
-    }
-    return per_token | {
-        "logp_gap_max": distributed.all_reduce_max(float(gap_max)),
-        "policy_grad_norm": mean(norms),
-        "policy_lr": lr,
-    }
+            (loss / num_tokens).backward()
+            totals.add(loss, entropy, clipped, kl, (old - logp_sampler[micro.flat]).abs())
+        require_finite("policy loss", totals.sums[0])
+        lr = policy_learning_rate(cfg, step * cfg.policy_steps + k)
+        norms.append(ppo.optimizer_step(models.policy_optimizer, lr, cfg.max_grad_norm))
+    stats = totals.means(sum(lengths))
+    if not cfg.kl_loss:
+        del stats["kl"]
+    return stats | {"policy_grad_norm": mean(norms), "policy_lr": lr}
+
+
+def policy_learning_rate(cfg: Config, optimizer_step: int) -> float:
+    """Warm-up, and annealing if it is asked for."""
+    return ppo.learning_rate(
+        optimizer_step, cfg.policy_lr, cfg.policy_lr_warmup, cfg.anneal_steps, cfg.anneal_to
+    )
+
+
+def reference_kl(cfg: Config, models: Models, micro: MicroBatch, logp: Tensor) -> Tensor | None:
+    """Sum of the KL estimates of a pack's tokens (the ablation of Fig. 8); None in the recipe."""
+    if not (models.reference and cfg.kl_loss):
+        return None
+    with torch.no_grad():
+        logp_ref, _ = models.reference(micro, cfg.temperature)
+    return ppo.kl(logp, logp_ref, cfg.kl_estimator).sum()
+
+
+class PolicyTotals:
+    """Sums over the tokens of an update. They stay on the device: reading them at every pack would
+    make a GPU wait for the host."""
+
+    NAMES = ("policy_loss", "entropy", "clipped", "logp_gap", "kl")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.gap_max = torch.zeros(1, device=device)
+
+    def add(
+        self, loss: Tensor, entropy: Tensor, clipped: Tensor, kl: Tensor | None, gap: Tensor
+    ) -> None:
+        """Add a pack: its loss and KL sums, and per token entropy, clipping and |Δ log-prob|."""
+        if kl is None:
+            kl = torch.zeros((), device=loss.device)
+        pack = [loss.detach(), entropy.sum(), clipped.sum(), gap.sum(), kl.detach()]
+        self.sums += torch.stack(pack)
+        self.gap_max = torch.cat([self.gap_max, gap]).max(0, keepdim=True).values
+
+    def means(self, num_tokens: int) -> dict[str, float]:
+        """Means over the tokens of all ranks, and the largest |Δ log-prob|."""
+        means = (distributed.all_reduce_sum(self.sums) / num_tokens).tolist()
+        gap_max = distributed.all_reduce_max(float(self.gap_max))
+        return dict(zip(self.NAMES, means, strict=True)) | {"logp_gap_max": gap_max}
 
 
 def compute_logprobs(cfg: Config, model: Policy, rollouts: Sequence[Rollout]) -> Tensor:
     """log π(a_t|s_t) of all response tokens, flat (N,), without gradient."""
-    return forward_all_tokens(
-        lambda micro: model(micro, cfg.temperature)[0],
-        rollouts,
-        cfg.micro_tokens,
-        distributed.device(),
-    )
+
+    def logp(micro: MicroBatch) -> Tensor:
+        return model(micro, cfg.temperature)[0]
+
+    return forward_all_tokens(logp, rollouts, cfg.micro_tokens, distributed.device())
 
 
-def check_sampler_matches_policy(cfg: Config, policy: Policy, rollouts: Sequence[Rollout]) -> None:
-    """Raise RuntimeError when any engine's log-probabilities are not the trainer's: stale or wrong weights would train on
-    another model's samples without any other sign."""
-    sampled = torch.tensor([p for r in rollouts for p in r.logprobs], device=distributed.device())
-    gaps = (
-        (compute_logprobs(cfg, policy, rollouts) - sampled)
-        .abs()
-        .split([len(r.token_ids) for r in rollouts])
-    )
-    engines = distributed.world_size() // cfg.tensor_parallel
-    gap = max(float(torch.cat(gaps[e::engines]).mean()) for e in range(min(engines, len(gaps))))
-    if not gap <= cfg.max_logp_gap:
-        raise RuntimeError(
-            f"sampler and trainer differ by {gap:.3g} nats per token (limit --max-logp-gap {cfg.max_logp_gap}): "
-            "the sampler does not hold the policy's weights"
-        )
+def sampler_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
+    """The sampler's log-probabilities of all response tokens, flat (N,)."""
+    return torch.tensor([p for r in rollouts for p in r.logprobs], device=distributed.device())
 
 
-def finite(name: str, loss: Tensor) -> float:
-    """The loss as a float; FloatingPointError when it is NaN or infinite."""
+def require_finite(name: str, loss: Tensor) -> float:
+    """The loss as a float. Raises FloatingPointError when it is NaN or infinite."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise FloatingPointError(f"{name} is {value}")
     return value
 
 
+# ── evaluation and export ─────────────────────────────────────────────────────────────────────────
+
+
+def evaluate_heldout(
+    cfg: Config, inputs: Inputs, sampler: Sampler | None, log: RunLog, done: int
+) -> None:
+    """Answer the held-out problems and record the metrics: before and after the training, and every
+    --eval-every iterations in between."""
+    is_due = done in (0, cfg.steps) or (cfg.eval_every > 0 and done % cfg.eval_every == 0)
+    if not (inputs.eval_problems and is_due):
+        return
+    stream = f"{cfg.seed}/eval/{done}"
+    with log.aside("evaluate"):
+        local_rollouts = sample_responses(
+            sampler, inputs.tokenizer, inputs.eval_problems, cfg.eval_samples, cfg.sampling, stream
+        )
+        rollouts = gather_rollouts(inputs.score(local_rollouts))
+        metrics = heldout_metrics(rollouts)
+    log.evaluation(done, metrics, rollouts)
+
+
+def save_models(cfg: Config, models: Models, inputs: Inputs, folder: Path) -> None:
+    """Export policy and critic; the policy with the settings it was sampled with."""
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=0,
+        max_new_tokens=cfg.response_tokens,
+        eos_token_id=inputs.eos,
+        pad_token_id=inputs.tokenizer.pad_token_id,
+        stop_strings=list(STOP),
+    )
+    with distributed.on_device(cfg.offload, models.policy):
+        export_model(models.policy, inputs.tokenizer, folder / "policy", generation)
+    if models.critic:
+        with distributed.on_device(cfg.offload, models.critic):
+            export_model(models.critic, inputs.tokenizer, folder / "critic")
+
+
 def main() -> None:
-    """Command line. What can be refused before the run is refused in one line; anything later keeps its traceback."""
-    cfg = parse(sys.argv[1:])
+    """Command line. What can be refused before the run is refused in one line; a later error keeps
+    its traceback."""
+    cfg = parse(sys.argv[1:], description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.plan:
+        from tools import plan
+
         print(plan.show(cfg))
         return
     distributed.start(cfg.timeout_minutes)
@@ -343,13 +417,12 @@ def main() -> None:
     except (ValueError, OSError) as error:  # on all ranks alike
         sys.exit(f"train.py: {error}" if distributed.rank() == 0 else 1)
     try:
-        train(cfg, inputs)
+        folder = train(cfg, inputs)
     except (FloatingPointError, OSError) as error:  # perhaps on one rank alone
-        sys.exit(
-            f"train.py: rank {distributed.rank()}: {error}"
-            if distributed.world_size() > 1
-            else f"train.py: {error}"
-        )
+        where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
+        sys.exit(f"train.py: {where}{error}")
+    if distributed.rank() == 0:
+        draw_run(folder)
     distributed.stop()
 
 
