@@ -1,10 +1,11 @@
-"""tools/plan.py: what it reckons is what is allocated, and what fits does fit."""
+"""tools/plan.py: it computes what is really allocated, and what it says fits does fit."""
 
 import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Ended
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -36,13 +38,18 @@ from rollout import Rollout
 from tools import plan
 
 PARAMETERS = {
-    "tiny": 104_256, "tiny-long": 104_320, "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304,
-    "Qwen2.5-7B": 7_615_616_512, "Qwen2.5-32B": 32_763_876_352,
-}  # fmt: skip
+    "tiny": 104_256,
+    "tiny-long": 104_320,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-32B": 32_763_876_352,
+}
 
 
 class Case(NamedTuple):
-    """An update to measure. A micro-batch is three sequences of a two-token prompt and a response."""
+    """An update to measure. A micro-batch has three sequences, each a prompt of two tokens and a
+    response."""
 
     role: str
     checkpointing: bool
@@ -50,11 +57,12 @@ class Case(NamedTuple):
     vocab: int
     tied: bool
     response: int = 150
-    chunk: int = 2**25  # logits alive
+    chunk: int = 2**25  # logits held at once
 
     @property
     def tokens(self) -> int:
-        return 3 * (2 + self.response - 1)  # the last token of a sequence is no input
+        """Input tokens of a micro-batch. The last token of a sequence is no input."""
+        return 3 * (2 + self.response - 1)
 
     def cfg(self, folder: str, gpus: int) -> Config:
         return Config(
@@ -65,7 +73,7 @@ class Case(NamedTuple):
         )
 
 
-CASES = [  # each has its worst moment elsewhere
+CASES = [  # each has its peak at another stage of the update
     Case("policy", False, 3, 1000, False),
     Case("policy", True, 6, 1000, True),
     Case("policy", True, 3, 5000, True),
@@ -77,23 +85,35 @@ CASES = [  # each has its worst moment elsewhere
 ]
 
 
-def random_config(folder: Path, layers: int, vocab: int, tied: bool) -> str:
-    Qwen2Config(
-        vocab_size=vocab, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0, architectures=["Qwen2ForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+def random_config(folder: Path, case: Case) -> str:
+    """A folder with the config.json of a small Qwen2."""
+    config = Qwen2Config(
+        vocab_size=case.vocab,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=case.tied,
+        pad_token_id=0,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    config.save_pretrained(folder)
     return str(folder)
 
 
-def open_module(role: str, folder: str) -> Policy | Critic:
-    auto, module = {
-        "policy": (AutoModelForCausalLM, Policy),
-        "critic": (AutoModelForSequenceClassification, Critic),
-    }[role]
+def open_module(folder: str, case: Case) -> Policy | Critic:
+    """The policy or critic of a case with random weights, sharded."""
     config = AutoConfig.from_pretrained(folder, num_labels=1)
-    return module(
-        auto.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
-    )
+    sharding = Sharding(activation_checkpointing=case.checkpointing)
+    settings = {"dtype": torch.float32, "attn_implementation": "packed"}
+    if case.role == "policy":
+        module = Policy(AutoModelForCausalLM.from_config(config, **settings).eval())
+        distributed.apply_fsdp(module, sharding)
+    else:
+        module = Critic(AutoModelForSequenceClassification.from_config(config, **settings).eval())
+        distributed.apply_fsdp(module, sharding, module.model.score)
+    return module
 
 
 def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
@@ -103,41 +123,47 @@ def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
     return ppo.value_loss(module(micro), torch.ones(len(micro.actions)))
 
 
-def measured(folder: str, case: Case) -> dict[str, int]:
-    """Most bytes of live tensors while a model updates, and while it only predicts: a sum over the allocator's events."""
-    count = 2 * 3 * distributed.world_size()  # two micro-batches on every rank
+def two_packs(case: Case) -> list[MicroBatch]:
+    """This rank's two micro-batches of an update."""
+    problem = Problem("", "", "", (1, 2))
+    count = 2 * 3 * distributed.world_size()
     rollouts = [
-        Rollout(Problem("", "", "", (1, 2)), [3] * case.response, [0.0] * case.response, "", "")
-        for _ in range(count)
+        Rollout(problem, [3] * case.response, [0.0] * case.response, "", "") for _ in range(count)
     ]
+    packs = list(micro_batches(rollouts, range(count), case.tokens))
+    assert [pack.input_ids.numel() for pack in packs] == [case.tokens, case.tokens]
+    return packs
+
+
+def measured(folder: str, case: Case) -> dict[str, int]:
+    """The most bytes of live tensors while a model updates, and while it only predicts."""
     gc.collect()  # nothing of an earlier measurement may be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        module = open_module(case.role, folder)
-        distributed.apply_fsdp(
-            module,
-            Sharding(activation_checkpointing=case.checkpointing),
-            getattr(module.model, "score", None),
-        )
+        module = open_module(folder, case)
         optimizer = ppo.adamw(list(module.parameters()))
-        for p in module.parameters():  # a step of no gradient makes the moments
-            p.grad = torch.zeros_like(p)
+        for parameter in module.parameters():  # a step of zero gradients creates the moments
+            parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        rows = list(micro_batches(rollouts, range(count), case.tokens))
-        assert [row.input_ids.numel() for row in rows] == [case.tokens, case.tokens]
+        packs = two_packs(case)
         with record_function("predict"), torch.no_grad():
-            module(rows[0])
+            module(packs[0])
         with record_function("update"):
-            for row in rows:
-                loss(module, row).backward()
+            for pack in packs:
+                loss(module, pack).backward()
             optimizer.step()
+    return most_live_bytes(recorded, "predict", "update")
+
+
+def most_live_bytes(recorded: profile, *names: str) -> dict[str, int]:
+    """The most bytes that are allocated at once inside each recorded function: a running sum over
+    the allocator's events."""
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    spans = {
-        e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name() in ("predict", "update")
-    }
+    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name() in names}
     live, most = 0, dict.fromkeys(spans, 0)
     for event in events:
-        live += event.nbytes() if event.name() == "[memory]" else 0
+        if event.name() == "[memory]":
+            live += event.nbytes()
         for name, (start, end) in spans.items():
             if start <= event.start_ns() <= end:
                 most[name] = max(most[name], live)
@@ -145,55 +171,53 @@ def measured(folder: str, case: Case) -> dict[str, int]:
 
 
 def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
-    """Within 7 % of the whole; and of what comes on top of weights, moments and gradients, which may be a small part."""
-    parameters, on_top = (
-        getattr(plan.shape(cfg.model), case.role) / plan.shards(cfg),
-        plan.update(cfg, case.role),
-    )
+    """The plan is within 7 % of the whole, and within 7 % of what comes on top of weights,
+    moments and gradients, which may be a small part of it."""
+    parameters = getattr(plan.shape(cfg.model), case.role) / plan.shards(cfg)
+    needs = plan.memory(cfg)
+    on_top = plan.update(cfg, case.role)
     items = {
-        k: v
-        for k, v in plan.memory(cfg)[case.role].items()
-        if k.startswith(case.role) or k in on_top
+        name: size
+        for name, size in needs[case.role].items()
+        if name.startswith(case.role) or name in on_top
     }
-    assert sum(items.values()) == pytest.approx(16 * parameters + sum(on_top.values()))
-    assert sum(items.values()) == pytest.approx(real["update"], rel=0.07), items
-    assert sum(on_top.values()) == pytest.approx(real["update"] - 16 * parameters, rel=0.07), on_top
+    whole, top = sum(items.values()), sum(on_top.values())
+    assert whole == pytest.approx(16 * parameters + top)
+    assert whole == pytest.approx(real["update"], rel=0.07), items
+    assert top == pytest.approx(real["update"] - 16 * parameters, rel=0.07), on_top
     if case.role == "critic" and case.tokens > 100:
-        values = plan.memory(cfg)["values"]
-        on_top = values["activations"] + values["gathered weights"]
-        assert on_top == pytest.approx(real["predict"] - 12 * parameters, rel=0.15), values
+        values = needs["values"]
+        top = values["activations"] + values["gathered weights"]
+        assert top == pytest.approx(real["predict"] - 12 * parameters, rel=0.15), values
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_update_on_a_cpu_allocates_what_is_reckoned(
+def test_an_update_on_a_cpu_allocates_what_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     monkeypatch.setitem(policy.CHUNK, "cpu", case.chunk)
     monkeypatch.setattr(policy, "LEAST", 1)
     monkeypatch.setattr(distributed, "device", lambda: "cpu")
-    folder = random_config(tmp_path, case.layers, case.vocab, case.tied)
+    folder = random_config(tmp_path, case)
     agrees(case, case.cfg(folder, gpus=0), measured(folder, case))
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[str, dict[str, int]]]:
-    """The same updates as one of eight ranks makes them, in bfloat16 as on GPUs: model folder and measurement of each. A
-    process of its own pretends the seven others, whose absence changes no size."""
-    folders = [
-        random_config(tmp_path_factory.mktemp("model"), case.layers, case.vocab, case.tied)
-        for case in CASES
-    ]
+    """The same updates as one of eight ranks makes them, in bfloat16 as on GPUs: the model folder
+    and the measurement of each. They run in another process, which only pretends that the seven
+    other ranks exist; their absence changes no size."""
+    folders = [random_config(tmp_path_factory.mktemp("model"), case) for case in CASES]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__, *folders], env=env, capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, __file__, *folders]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     real = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(CASES, zip(folders, real, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_update_on_eight_gpus_allocates_what_is_reckoned(
+def test_an_update_on_eight_gpus_allocates_what_is_computed(
     sharded: dict[Case, tuple[str, dict[str, int]]], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     folder, real = sharded[case]
@@ -203,11 +227,13 @@ def test_an_update_on_eight_gpus_allocates_what_is_reckoned(
 
 
 def pretend_eight_ranks(folders: list[str]) -> None:
-    def bfloat16(**_: Any) -> MixedPrecisionPolicy:  # which distributed.py asks for on GPUs only
+    """Measure every case as rank 0 of 8, and print the measurements as JSON."""
+
+    def bfloat16(**_: Any) -> MixedPrecisionPolicy:  # distributed.py asks for it on GPUs only
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, keep: int = 1) -> torch.Tensor:
-        return out.zero_()  # on a GPU it takes no memory of its own
+        return out.zero_()  # on a GPU the product needs no memory beside `out`
 
     torch.set_num_threads(1)
     policy._add_product = product
@@ -222,10 +248,11 @@ def pretend_eight_ranks(folders: list[str]) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_the_published_ones(name: str) -> None:
-    s = plan.shape(name)
-    assert s.policy == PARAMETERS[name]
-    assert s.critic == s.policy - (0 if s.tied else s.vocab * s.hidden) + s.hidden
-    assert plan.shape(f"Qwen/{name}") == s
+    shape = plan.shape(name)
+    assert shape.policy == PARAMETERS[name]
+    vocabulary_head = 0 if shape.tied else shape.vocab * shape.hidden
+    assert shape.critic == shape.policy - vocabulary_head + shape.hidden
+    assert plan.shape(f"Qwen/{name}") == shape
 
 
 def test_known_shapes_are_used_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,44 +265,44 @@ def test_known_shapes_are_used_without_a_network(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_is_read(tmp_path: Path) -> None:
-    folder = random_config(tmp_path, layers=3, vocab=1234, tied=True)
-    s = plan.shape(folder)
-    assert (s.hidden, s.layers, s.heads, s.kv_heads, s.head_size) == (128, 3, 4, 2, 32)
-    assert (s.width, s.vocab, s.tied) == (256, 1234, True)
+    case = Case("policy", False, layers=3, vocab=1234, tied=True)
+    shape = plan.shape(random_config(tmp_path, case))
+    assert (shape.hidden, shape.layers, shape.width) == (128, 3, 256)
+    assert (shape.heads, shape.kv_heads, shape.head_size) == (4, 2, 32)
+    assert (shape.vocab, shape.tied) == (1234, True)
 
 
 def seven(**settings: Any) -> Config:
+    """The settings of Qwen2.5-7B, on 8 × 80 GB unless `settings` say otherwise."""
     return replace(parse(["--model", "Qwen2.5-7B"]), **settings)
 
 
 def test_states_of_7b_on_eight_gpus() -> None:
-    """16 bytes a parameter while it trains, over 8 GPUs; 57,344 bytes a token of key-value cache; vLLM has its share."""
-    items = plan.memory(seven())
-    P = PARAMETERS["Qwen2.5-7B"]
-    assert (
-        sum(items["policy"][f"policy {what}"] for what in ("weights", "moments", "gradients"))
-        == 2 * P
-    )
-    assert sum(
-        items["policy"].get(f"critic {what}", 0) for what in ("weights", "moments", "gradients")
-    ) == 1.5 * (P - 152064 * 3584 + 3584)
+    """16 bytes per parameter while it trains, over 8 GPUs; 57,344 bytes per token of key-value
+    cache; vLLM has its share."""
+    needs = plan.memory(seven())
+    policy_parameters = PARAMETERS["Qwen2.5-7B"]
+    critic_parameters = policy_parameters - 152064 * 3584 + 3584
+
+    def states(role: str) -> float:
+        names = (f"{role} {state}" for state in ("weights", "moments", "gradients"))
+        return sum(needs["policy"].get(name, 0) for name in names)
+
+    assert states("policy") == 16 / 8 * policy_parameters
+    assert states("critic") == 12 / 8 * critic_parameters
     assert plan.kv_bytes(seven()) == 57_344
-    assert (
-        plan.kv_bytes(seven(tensor_parallel=4))
-        == plan.kv_bytes(seven(tensor_parallel=7))
-        == 57_344 / 4
-    )  # 4 kv heads
+    assert plan.kv_bytes(seven(tensor_parallel=4)) == 57_344 / 4  # it has 4 key-value heads
+    assert plan.kv_bytes(seven(tensor_parallel=7)) == 57_344 / 4
     assert sum(plan.sampler(seven()).values()) == pytest.approx(0.4 * 80e9)
-    assert "sampler weights" in items["sync"] and "sampler weights" not in items["critic"]
+    assert "sampler weights" in needs["sync"] and "sampler weights" not in needs["critic"]
 
 
 def test_less_per_gpu_on_more_gpus_and_more_for_more_tokens() -> None:
-    peaks = [plan.peak(seven(gpus=n))[1] for n in (1, 2, 4, 8, 16, 32)]
+    peaks = [plan.peak(seven(gpus=gpus))[1] for gpus in (1, 2, 4, 8, 16, 32)]
     assert all(more > less for more, less in pairwise(peaks))
-    updates = [
-        sum(plan.memory(seven(micro_tokens=n))["policy"].values()) for n in (2**14, 2**15, 2**16)
-    ]
-    assert all(less < more for less, more in pairwise(updates))
+    updates = [plan.memory(seven(micro_tokens=2**i))["policy"] for i in (14, 15, 16)]
+    needs = [sum(items.values()) for items in updates]
+    assert all(less < more for less, more in pairwise(needs))
     assert plan.peak(seven(gpus=16, replicas=2)) == plan.peak(seven(gpus=8))
     assert plan.peak(seven(activation_checkpointing=False))[1] > plan.peak(seven())[1]
 
@@ -285,7 +312,8 @@ def test_offload_lowers_every_phase_and_takes_time() -> None:
     assert all(sum(moved[phase].values()) < sum(kept[phase].values()) for phase in kept)
     assert not any(name.startswith(("policy", "critic")) for name in moved["sample"])
     slower, faster = plan.work(seven(offload=True)), plan.work(seven())
-    assert all(slower[p][1] > faster[p][1] for p in ("values", "critic", "policy", "sync"))
+    for phase in ("values", "critic", "policy", "sync"):
+        assert slower[phase][1] > faster[phase][1]
 
 
 def test_without_a_critic_and_with_a_reference() -> None:
@@ -329,25 +357,26 @@ def test_vllm_must_hold_a_whole_sequence() -> None:
 
 
 def test_operations_of_a_step() -> None:
-    """2·P a token forward, 8·P with activation checkpointing; the critic's update is the policy's less the head."""
-    cfg = seven(response_tokens=8, prompt_tokens=64)  # too short for attention to count
-    s, work = plan.shape(cfg.model), plan.work(cfg)
-    tokens = cfg.prompts * cfg.samples * (64 + 1)
-    assert work["critic"][0] == pytest.approx(8 * s.layers * s.layer * tokens, rel=0.01)
+    """With P parameters in the layers, a token costs 2·P forward, and 8·P in an update with
+    activation checkpointing. The policy's update is the critic's and the vocabulary head."""
+    cfg = seven(response_tokens=8, prompt_tokens=64)  # too short for attention to matter
+    shape, work = plan.shape(cfg.model), plan.work(cfg)
+    responses = cfg.prompts * cfg.samples  # of one token each
+    tokens = responses * (64 + 1)
+    assert work["critic"][0] == pytest.approx(8 * shape.layers * shape.layer * tokens, rel=0.01)
     assert work["critic"][0] == 4 * work["values"][0]
-    assert work["policy"][0] - work["critic"][0] == pytest.approx(
-        8 * s.vocab * s.hidden * cfg.prompts * cfg.samples
-    )
+    head = work["policy"][0] - work["critic"][0]
+    assert head == pytest.approx(8 * shape.vocab * shape.hidden * responses)
     halved = plan.work(replace(cfg, gpus=16))
     assert halved["critic"][1] == pytest.approx(work["critic"][1] / 2)
 
 
 def test_decoding_is_bounded_by_memory_and_by_the_longest_response() -> None:
-    """No faster than the weights can be read once per token and sequence of the longest."""
+    """It takes at least the time to read the weights once for every token of the longest
+    response."""
     work = plan.work(seven(prompts=1, samples=8))  # one response on each GPU
-    assert work["sample"][1] == pytest.approx(
-        8000 * 2 * PARAMETERS["Qwen2.5-7B"] / (0.65 * 3.35e12)
-    )
+    read_weights = 2 * PARAMETERS["Qwen2.5-7B"] / (0.65 * 3.35e12)
+    assert work["sample"][1] == pytest.approx(8000 * read_weights)
     assert plan.work(seven())["sample"][1] > work["sample"][1]
 
 
@@ -358,23 +387,23 @@ def test_decoding_is_bounded_by_memory_and_by_the_longest_response() -> None:
 def test_show_adds_up(arguments: list[str]) -> None:
     cfg = parse(arguments)
     text = plan.show(cfg)
-    scale = 1e9 if plan.peak(cfg)[1] > 1e9 else 1e6
-    assert f"{plan.peak(cfg)[1] / scale:.1f}" in text
+    most = plan.peak(cfg)[1]
+    scale = 1e9 if most > 1e9 else 1e6
+    assert f"{most / scale:.1f}" in text
     assert f"{plan.largest_micro_tokens(cfg):,}" in text
     assert text.endswith(plan.verdict(cfg))
     assert ("TFLOP/s" in text) == bool(cfg.gpus)
 
 
-def test_hardware_table_is_what_the_functions_say() -> None:
-    header, _, *rows = (
-        line.strip("| ").split(" | ") for line in plan.hardware_table().splitlines()
-    )
+def test_hardware_table_is_what_the_functions_say(call: Callable[..., Ended]) -> None:
+    printed = call(plan.main).out.strip()
+    assert printed == plan.hardware_table()
+    header, _, *rows = (line.strip("| ").split(" | ") for line in printed.splitlines())
     assert [row[0] for row in rows] == list(QWEN)
-    cells = {
-        (row[0], place): cell for row in rows for place, cell in zip(header, row[1:], strict=True)
-    }
+    cells = {(row[0], place): row[i] for row in rows for i, place in enumerate(header, 1)}
     assert cells["Qwen2.5-7B", "8 × 80 GB"] == "yes" and not plan.obstacles(seven())
     assert cells["Qwen2.5-7B", "1 × 80 GB"] == "–" and plan.remedy(seven(gpus=1)) is None
+    assert call(plan.main, "--gpus", 8).code != 0  # it has no options
 
 
 if __name__ == "__main__":
