@@ -1,5 +1,6 @@
-"""reports/page.py: what goes into the page, and, in a headless browser, what the page does with it."""
+"""reports/page.py: what the page holds, and, in a headless browser, what it shows and does."""
 
+import doctest
 import json
 import os
 import re
@@ -15,13 +16,14 @@ import torch
 from conftest import Ended, orz_data, random_rollouts
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-import rollout
 from data import Problem
 from reports import page
+from reports.transcripts import token_texts, transcripts
 
 HOSTILE = (
-    "</script><script>window.hacked = 1</script><!-- <script> <img src=x onerror='window.hacked = 1'>\u2028\u2029{{data}} "
-    "{{script}} ${window.hacked = 1} {{constructor.constructor('window.hacked = 1')()}} &lt;b&gt; <svg onload=a()> "
+    "</script><script>window.hacked = 1</script><!-- <script> <img src=x "
+    "onerror='window.hacked = 1'>\u2028\u2029{{data}} {{script}} ${window.hacked = 1} "
+    "{{constructor.constructor('window.hacked = 1')()}} &lt;b&gt; <svg onload=a()> "
     "\u202e 😀 \\u003c"
 )
 TEXTS = [
@@ -40,56 +42,94 @@ TEXTS = [
 
 
 def row(step: int, reward: float = 0.0, tokens: int = 11, **more: Any) -> dict[str, Any]:
-    """A line of rollouts.jsonl as runs before --keep-tokens wrote it."""
-    return {
-        "step": step, "problem": f"train.json:{step}", "question": f"{step}+2=?", "gold": "7", "answer": "7",
-        "response": " i guess, wait, 7", "reward": reward, "finish": "stop", "tokens": tokens, "timeout": False, **more,
-    }  # fmt: skip
+    """A line of rollouts.jsonl without numbers for its tokens."""
+    record = {
+        "step": step,
+        "problem": f"train.json:{step}",
+        "question": f"{step}+2=?",
+        "gold": "7",
+        "answer": "7",
+        "response": " i guess, wait, 7",
+        "reward": reward,
+        "finish": "stop",
+        "tokens": tokens,
+        "timeout": False,
+    }
+    return record | more
 
 
 def numbers(texts: list[str], seed: int) -> dict[str, Any]:
-    """What a line has for every token; all different."""
+    """What a line of rollouts.jsonl has for each token; all numbers differ."""
     n = len(texts)
     return {
-        "response": "".join(texts), "pieces": texts, "ids": [1000 * seed + t for t in range(n)], "tokens": n,
+        "response": "".join(texts),
+        "pieces": texts,
+        "ids": [1000 * seed + t for t in range(n)],
+        "tokens": n,
         "logprobs": [float(f"{-0.001 * (t + 1) - seed / 7:.4g}") for t in range(n)],
         "values": [float(f"{(t + seed % 5) / (n + 5):.4g}") for t in range(n)],
         "advantages": [float(f"{seed % 3 - t / n:.4g}") for t in range(n)],
-    }  # fmt: skip
+    }
+
+
+CONFIG = {
+    "model": "tiny",
+    "steps": 3,
+    "prompts": 4,
+    "samples": 4,
+    "policy_lr": 1e-3,
+    "critic_lr": 1e-3,
+    "gamma": 1.0,
+    "lam": 1.0,
+    "advantage": "gae",
+    "seed": 0,
+    "name": HOSTILE,
+}
 
 
 def run_folder(
     folder: Path, rollouts: list[dict[str, Any]], steps: int = 3, finished: bool = True
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    config = {"model": "tiny", "steps": 3, "prompts": 4, "samples": 4, "policy_lr": 1e-3, "critic_lr": 1e-3, "gamma": 1.0,
-              "lam": 1.0, "advantage": "gae", "seed": 0, "name": HOSTILE}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     metrics = [
-        {"step": s, "reward": 0.125 * (s + 1), "length": 12.5 + s, "format": 0.5, "reflection": 0.25, "seconds": 1.5,
-         "entropy": 0.4 - s / 9, "explained_variance": s / 10 - 0.1, "logp_gap": 2e-7} for s in range(steps)
-    ]  # fmt: skip
+        {
+            "step": s,
+            "reward": 0.125 * (s + 1),
+            "length": 12.5 + s,
+            "format": 0.5,
+            "reflection": 0.25,
+            "seconds": 1.5,
+            "entropy": 0.4 - s / 9,
+            "explained_variance": s / 10 - 0.1,
+            "logp_gap": 2e-7,
+        }
+        for s in range(steps)
+    ]
     heldout = {"reward/a": 0.2, "reward/b": 0.3, "length": 9.0, "format": 1.0}
     evaluations = [{"step": s, "reward": 0.1 + s / 10, **heldout} for s in (0, 3)]
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, rows in (
-        ("metrics", metrics),
-        ("evaluations", evaluations if finished else []),
-        ("rollouts", rollouts),
-    ):
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        )
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "evaluations.jsonl", evaluations if finished else [])
+    write_lines(folder / "rollouts.jsonl", rollouts)
     if finished:
-        (folder / "summary.json").write_text(
-            json.dumps({"seconds": 9.25, "stages": {"sample": {"seconds": 4.0}}})
-        )
+        summary = {"seconds": 9.25, "stages": {"sample": {"seconds": 4.0}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
 def data_of(path: Path) -> dict[str, Any]:
-    """The data of a page, read as a browser does: up to the first thing that ends a script element."""
+    """The data of a page, read as a browser does: up to the first end of a script element."""
     text = path.read_text().split('<script type="application/json" id="data">')[1]
     return json.loads(re.split("</script", text, flags=re.IGNORECASE)[0])
+
+
+def test_worked_examples() -> None:
+    assert doctest.testmod(page).attempted > 0
+    assert doctest.testmod(page).failed == 0
 
 
 def test_no_text_ends_the_data() -> None:
@@ -115,27 +155,27 @@ def test_the_page_allows_its_own_code_only(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("run/*.tmp")] == []
 
 
-def test_pieces_are_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Also where a character is split over tokens, where bytes are no character, and at a cut end."""
+def test_texts_of_tokens_are_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also if a character is split over tokens, if bytes are no character, and at a cut end."""
     for text in ["1+2=3, so ∑ 😀x", "\n\n\t  é", "中文 </think>", ""]:
         ids = tokenizer.encode(text)
-        assert "".join(rollout.pieces(tokenizer, ids)) == text
+        assert "".join(token_texts(tokenizer, ids)) == text
         for end in range(len(ids)):
-            assert "".join(rollout.pieces(tokenizer, ids[:end])) == tokenizer.decode(ids[:end])
+            assert "".join(token_texts(tokenizer, ids[:end])) == tokenizer.decode(ids[:end])
     (r,) = random_rollouts([Problem("", "", "")], len(tokenizer), [3000])
-    texts = rollout.pieces(tokenizer, r.token_ids)
+    texts = token_texts(tokenizer, r.token_ids)
     assert len(texts) == 3000 and "".join(texts) == tokenizer.decode(r.token_ids)
-    assert rollout.pieces(tokenizer, tokenizer.encode("😀=")) == ["", "", "", "😀", "="]
+    assert token_texts(tokenizer, tokenizer.encode("😀=")) == ["", "", "", "😀", "="]
 
 
-def test_pieces_of_a_real_vocabulary() -> None:
+def test_texts_of_a_real_vocabulary() -> None:
     vocab, merges = (
         str(orz_data("qwen2_tokenizer", name)) for name in ("vocab.json", "merges.txt")
     )
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|endoftext|>")
     text = "So x² ≤ \\frac{1}{2}, 𝔸 ⟹ 中文\r\n\n  however, 😀🏳️‍🌈</answer><|endoftext|>"
     ids = tokenizer.encode(text)
-    texts = rollout.pieces(tokenizer, ids)
+    texts = token_texts(tokenizer, ids)
     assert "".join(texts) == tokenizer.decode(ids) == text
     assert "" in texts and texts[0] == "So"
 
@@ -143,7 +183,8 @@ def test_pieces_of_a_real_vocabulary() -> None:
 def test_kept_tokens_have_their_own_numbers(
     tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    """Each token's value is the one of its place in the flat vectors; the kept rollouts are spread over the problems."""
+    """A token's value is that of its place in the flat vectors; the problems' rollouts are kept
+    evenly."""
     rollouts = random_rollouts(
         [p for p in problems[:8] for _ in range(4)], 200, [3 + i % 5 for i in range(32)]
     )
@@ -154,7 +195,7 @@ def test_kept_tokens_have_their_own_numbers(
         )
     flat = [(i, t) for i, r in enumerate(rollouts) for t in range(len(r.token_ids))]
     values = torch.tensor([i + t / 10 for i, t in flat])
-    kept = list(rollout.transcripts(rollouts, 8, 4, tokenizer, values, -values))
+    kept = list(transcripts(rollouts, 8, 4, tokenizer, values, -values))
     assert [r["problem"] for r in kept] == [p.source for p in problems[:8]]
     assert [i for i, r in enumerate(kept) if "pieces" in r] == [0, 2, 4, 6]
     for i in (0, 2, 4, 6):
@@ -163,13 +204,11 @@ def test_kept_tokens_have_their_own_numbers(
         assert r["advantages"] == [-v for v in r["values"]]
         assert r["logprobs"] == [float(f"{-1.23456789 * (4 * i + 1):.4g}")] * r["tokens"]
         assert "".join(r["pieces"]) == r["response"] and r["ids"] == rollouts[4 * i].token_ids
-    without = list(rollout.transcripts(rollouts, 8, 99, tokenizer, None, values))
+    without = list(transcripts(rollouts, 8, 99, tokenizer, None, values))
     assert all("advantages" in r and "values" not in r for r in without)
-    assert not any(
-        "pieces" in r for r in rollout.transcripts(rollouts, 8, 0, tokenizer, values, values)
-    )
+    assert not any("pieces" in r for r in transcripts(rollouts, 8, 0, tokenizer, values, values))
     rollouts[0].text += "another tokenizer's"
-    first, *others = rollout.transcripts(rollouts, 8, 8, tokenizer, values, values)
+    first, *others = transcripts(rollouts, 8, 8, tokenizer, values, values)
     assert "pieces" not in first and "values" not in first and all("pieces" in r for r in others)
 
 
@@ -198,7 +237,7 @@ def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
 
 
 def test_old_and_broken_off_runs(tmp_path: Path) -> None:
-    """Without numbers for tokens, evaluations or summary; a last line that was cut; NaN where JSON has none."""
+    """Without numbers for tokens, evaluations or summary; a cut last line; NaN, no JSON number."""
     folder = run_folder(tmp_path / "old", [row(0), row(1)], finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward": NaN}\n{"step": 4, "rew')
@@ -222,7 +261,7 @@ def test_refusals(tmp_path: Path, call: Any) -> None:
         assert ended.code == 1
         return ended.err.strip()
 
-    assert message() == "usage: python -m reports.page runs/NAME …"
+    assert message() == "reports.page: expected at least one run folder, such as runs/NAME"
     assert (
         message(tmp_path)
         == f"reports.page: {tmp_path}: not a run folder, it has no config.json; expected runs/NAME"
@@ -232,11 +271,9 @@ def test_refusals(tmp_path: Path, call: Any) -> None:
     assert re.match(r"reports.page: .*metrics.jsonl: line 2: not JSON \(.*\)$", message(folder))
     (folder / "config.json").write_text("{")
     assert re.match(r"reports.page: .*config.json: not JSON", message(folder))
-    assert call(page.main, run_folder(tmp_path / "fine", [row(0)])) == (
-        0,
-        f"{tmp_path / 'fine' / 'report.html'}\n",
-        "",
-    )
+    fine = run_folder(tmp_path / "fine", [row(0)])
+    assert call(page.main, fine) == (0, f"{fine / 'report.html'}\n", "")
+    assert "Write a run as one HTML page" in call(page.main, "--help").out
 
 
 # --- in a browser ---
@@ -247,7 +284,8 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: no browser to test with"
     )
-    names = "chromium chromium-browser google-chrome google-chrome-stable chrome microsoft-edge msedge".split()
+    names = """chromium chromium-browser google-chrome google-chrome-stable chrome microsoft-edge
+        msedge""".split()
     found = next(filter(None, map(shutil.which, names)), None)
     with playwright.sync_playwright() as driver:
         path = found or driver.chromium.executable_path
@@ -263,8 +301,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Any]:
-    """Open a page file; afterwards no error, no message and no request but for the file may have happened, except that the
-    one script which a test adds was blocked."""
+    """Open a page file. Afterwards, no error, no message and no request but for the file may have
+    happened; only the script that a test adds may be reported as blocked."""
     blocked = "Executing inline script violates the following Content Security Policy directive"
     contexts, wrong = [], []
 
@@ -287,7 +325,7 @@ def visit(browser: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rollouts of three steps; every third has no numbers, one is hostile from end to end."""
+    """Twelve rollouts of three steps; every third has no numbers, one has hostile text all over."""
     rows = [
         row(i // 4, float(i % 2), **(numbers(TEXTS * (i + 1), i) if i % 3 else {"tokens": 5}))
         for i in range(12)
@@ -367,11 +405,11 @@ def test_table_sorts_filters_and_chooses(visit: Any, report: Path) -> None:
         tab.get_by_label(label).fill(value)
         assert len(shown(tab, 1)) == count, label
     tab.get_by_text("Reset").click()
-    tab.wait_for_function("document.querySelectorAll('#rows tr').length === 12")
+    tab.locator("#rows tr").nth(11).wait_for()
     tab.locator("select").select_option("true")
     assert set(shown(tab, 5)) == {"yes"} and len(shown(tab, 5)) == 3
     tab.get_by_text("Reset").click()
-    tab.wait_for_function("document.querySelectorAll('#rows tr').length === 12")
+    tab.locator("#rows tr").nth(11).wait_for()
     tab.get_by_role("button", name="step").click()
     tab.locator("#rows tr").nth(6).click()
     assert tab.url.endswith("#rollout-7") and "line 7 of" in tab.locator(".head").inner_text()
@@ -417,13 +455,13 @@ def test_tokens_show_their_numbers(visit: Any, report: Path) -> None:
     plot.hover(position={"x": 38, "y": 30})
     assert tip()["position t"] == "0" and "on" in spans.nth(0).get_attribute("class")
 
-    def colours() -> list[str]:
+    def colors() -> list[str]:
         return spans.evaluate_all("all => all.map(s => s.style.backgroundColor)")
 
     painted = {}
     for name in ("values", "advantages", "logprobs"):
         tab.locator(f"[data-channel={name}]").click()
-        painted[name] = colours()
+        painted[name] = colors()
         assert tab.locator("[aria-checked=true]").get_attribute("data-channel") == name
     assert len({tuple(c) for c in painted.values()}) == 3 and all(
         len(set(c)) > 5 for c in painted.values()
@@ -431,7 +469,7 @@ def test_tokens_show_their_numbers(visit: Any, report: Path) -> None:
     for a, c in zip(record["advantages"], painted["advantages"], strict=True):
         assert a == 0 or ("--bad" if a < 0 else "--good") in c
     tab.locator("#stretch").check()
-    assert colours() != painted["logprobs"]
+    assert colors() != painted["logprobs"]
 
 
 def test_hostile_text_is_only_text(visit: Any, report: Path) -> None:
