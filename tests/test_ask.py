@@ -1,4 +1,4 @@
-"""tools/ask.py as its user calls it."""
+"""tools/ask.py, called from its command line."""
 
 import io
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from tools.ask import main
 def test_an_answer_and_its_values(
     tmp_path: Path, base_folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same seed gives the same text; it stops at the stop string; every token has a value; standard input works."""
-    AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1).save_pretrained(
-        tmp_path
-    )
+    """The same seed gives the same text, which ends at the stop string; all of it is printed with
+    values; the question can come from standard input."""
+    critic = AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1)
+    critic.save_pretrained(tmp_path)
     flags = ("--model", base_folder, "--response-tokens", 100, "--seed", 3)
     plain = call(main, "1+2+3=?", *flags)
     assert plain.code == 0, plain.err
@@ -36,5 +36,5 @@ def test_a_folder_without_a_value_head_is_refused(
     base_folder: Path, call: Callable[..., Ended]
 ) -> None:
     done = call(main, "1+2=?", "--model", base_folder, "--critic", base_folder)
-    assert done.code == 1 and "this holds none" in done.err
+    assert done.code == 1 and "holds no value head" in done.err
     assert len(done.err.strip().splitlines()) == 1

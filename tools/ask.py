@@ -1,16 +1,19 @@
-"""Ask a model one question, the way it was trained to be asked, and watch it answer.
+"""Ask a model one question with its training prompt, and print its answer as it is generated.
 
-    python -m tools.ask --model Open-Reasoner-Zero/Open-Reasoner-Zero-7B "How many positive divisors does 196 have?"
-    python -m tools.ask --model runs/demo/policy --critic runs/demo/critic "7+4+12+3+9+6+11=?"
+    python -m tools.ask "How many positive divisors does 196 have?" \\
+        --model Open-Reasoner-Zero/Open-Reasoner-Zero-7B
+    python -m tools.ask "7+4+12+3+9+6+11=?" --model runs/demo/policy --critic runs/demo/critic
 
-These models know one prompt, the training template, and end an answer with `</answer>` instead of an end-of-sequence token:
-asked by any other prompt, or without the stop strings, they ramble. With a critic, V(s_t) is shown along the response: the
-chance, as the critic sees it, that the answer will be right, given the question and the text so far (γ = λ = 1, R ∈ {0, 1}).
+These models were trained with one prompt template, and they end a response with `</answer>` instead
+of an end-of-sequence token. With another prompt, or without the stop strings, they ramble.
+
+With a critic, V(s_t) is printed along the response: the critic's estimate of the chance that the
+answer will be right, given the question and the text so far (γ = λ = 1, R ∈ {0, 1}).
 """
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import transformers
@@ -21,102 +24,121 @@ import data
 import distributed
 import packing
 import preflight
-from config import hub_id
+from config import STOP, SamplingSettings, hub_id
 from critic import load_critic, value_head
 from data import Problem
 from grading.extract import extract
-from hf_sampler import STOP
 from rollout import Rollout
 
 
-@dataclass(frozen=True)
-class Question:
-    """Ask a model one question."""
+@dataclass(frozen=True, kw_only=True)
+class Question(SamplingSettings):
+    """A question, the model that is asked, and how it samples."""
 
     question: Annotated[str, tyro.conf.Positional]
     """The question; `-` reads it from standard input."""
     model: str = "runs/demo/policy"
-    """Folder or hub id: a run's exported policy, a model that the authors released, or any causal language model."""
+    """Folder or hub id: a run's exported policy, a model that the authors released, or any causal
+    language model."""
     critic: str = ""
-    """Folder of the critic trained with it, to show V(s_t) along the response; none: not shown."""
+    """Folder of the critic trained with it, to print V(s_t) along the response; none: not
+    printed."""
     temperature: float = 1.0
     """Sampling temperature; 0: the likeliest token each time."""
-    top_p: float = 1.0
-    """Nucleus sampling mass."""
-    response_tokens: int = 8000
-    """Longest response, within what the model's positions allow."""
-    template: Literal["authors", "paper"] = "authors"
-    """Prompt wording, as in training."""
-    seed: int = 0
-    """Of the random stream."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto: bfloat16 on a GPU, float32 elsewhere."""
 
 
 def main() -> None:
-    """Command line; what is wrong with the model or the critic is said in one line."""
-    cfg = tyro.cli(Question, description=__doc__, prog="python -m tools.ask")
+    """Command line. An error of the model or the critic is printed in one line."""
+    settings = tyro.cli(Question, description=__doc__, prog="python -m tools.ask")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    question = sys.stdin.read().strip() if cfg.question == "-" else cfg.question
-    path = hub_id(cfg.model)
+    path = hub_id(settings.model)
     try:
-        config = preflight.model_config(path)
-        if cfg.critic and value_head(cfg.critic) is None:
+        if settings.critic and value_head(settings.critic) is None:
             raise ValueError(
-                f"--critic {cfg.critic}: a local folder with a value head is needed, and this holds none"
+                f"--critic {settings.critic}: holds no value head; pass a critic's local folder"
             )
+        positions = preflight.model_config(path).max_position_embeddings
         tokenizer = AutoTokenizer.from_pretrained(path)
-        (problem,) = data.tokenize([Problem("question", question, "")], tokenizer, config.max_position_embeddings - 1,
-                                   data.TEMPLATES[cfg.template])  # fmt: skip
+        problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
     except (ValueError, OSError) as error:
         sys.exit(f"tools.ask: {error}")
-    response = answer(cfg, path, tokenizer, problem, config.max_position_embeddings)
-    if cfg.critic:
-        show_values(cfg.critic, tokenizer, response)
+    response = answer(settings, path, tokenizer, problem, positions)
+    if settings.critic:
+        show_values(settings.critic, tokenizer, response)
     final = extract(response.text)
-    missing = "cut off" if response.finish_reason == "length" else "none in the tags"
-    print(f"\nanswer: {final}" if final else f"\nno answer ({missing})")
+    if final:
+        print(f"\nanswer: {final}")
+    elif response.finish_reason == "length":
+        print("\nno answer (cut off)")
+    else:
+        print("\nno answer (none in the tags)")
+
+
+def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Problem:
+    """The question in the prompt template. Raises ValueError if it has more than `max_tokens`."""
+    text = settings.question
+    if text == "-":
+        text = sys.stdin.read().strip()
+    question = Problem(source="question", question=text, answer="")
+    template = data.TEMPLATES[settings.template]
+    (problem,) = data.tokenize([question], tokenizer, max_tokens, template)
+    return problem
 
 
 def answer(
-    cfg: Question, path: str, tokenizer: PreTrainedTokenizerBase, problem: Problem, positions: int
+    settings: Question,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    positions: int,
 ) -> Rollout:
-    """Sample one response with transformers, printing it as it comes."""
-    on_gpu = torch.cuda.is_available()
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    model = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        .to(distributed.device())
-        .eval()
-    )
-    torch.manual_seed(cfg.seed)
-    draw = (
-        {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0} if cfg.temperature else {}
-    )
+    """Sample one response with transformers, and print it as it is generated. Prompt and response
+    together have at most `positions` tokens."""
+    model = load_model(path, settings.dtype)
+    eos = preflight.eos_ids(path, tokenizer)
     prompt = torch.tensor([problem.prompt_ids], device=model.device)
+    sampling = {"do_sample": False}
+    if settings.temperature:
+        sampling = {"do_sample": True, "temperature": settings.temperature}
+        sampling |= {"top_p": settings.top_p, "top_k": 0}
+    torch.manual_seed(settings.seed)
     print("<think>", end="", flush=True)
-    ids = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=bool(draw), **draw,
-        stop_strings=list(STOP), tokenizer=tokenizer,
-        max_new_tokens=min(cfg.response_tokens, positions - len(problem.prompt_ids)),
-        eos_token_id=preflight.eos_ids(path, tokenizer), pad_token_id=tokenizer.pad_token_id,
+    sequences = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(settings.response_tokens, positions - len(problem.prompt_ids)),
+        stop_strings=list(STOP),
+        tokenizer=tokenizer,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
-    )[0, len(problem.prompt_ids) :].tolist()  # fmt: skip
-    text = tokenizer.decode(ids)
-    ended = ids[-1] in preflight.eos_ids(path, tokenizer) or any(stop in text for stop in STOP)
-    return Rollout(problem, ids, [0.0] * len(ids), "stop" if ended else "length", text)
+        **sampling,
+    )
+    token_ids = sequences[0, len(problem.prompt_ids) :].tolist()
+    text = tokenizer.decode(token_ids)
+    stopped = token_ids[-1] in eos or any(stop in text for stop in STOP)
+    finish_reason = "stop" if stopped else "length"
+    return Rollout(problem, token_ids, [0.0] * len(token_ids), finish_reason, text)
+
+
+def load_model(path: str, dtype: str) -> transformers.PreTrainedModel:
+    """The model on this machine's device; the dtype `auto` is bfloat16 on a GPU, else float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.to(distributed.device()).eval()
 
 
 @torch.no_grad()
 def show_values(
     path: str, tokenizer: PreTrainedTokenizerBase, response: Rollout, per_line: int = 12
 ) -> None:
-    """Print the response again, some tokens a line, each line with V(s_t) at its first token: what the critic expects before
-    it reads the line."""
-    critic = load_critic(path)  # on the device that distributed.device() names
-    longest = len(response.problem.prompt_ids) + len(response.token_ids)
-    values = packing.forward_all_tokens(critic, [response], longest, distributed.device()).tolist()
+    """Print the response again, `per_line` tokens a line. Each line begins with V(s_t) at its first
+    token: what the critic expects before it reads the line."""
+    critic = load_critic(path)
+    length = len(response.problem.prompt_ids) + len(response.token_ids)
+    values = packing.forward_all_tokens(critic, [response], length, distributed.device()).tolist()
     print("\n V(s_t)")
     for t in range(0, len(values), per_line):
         bar = "█" * round(10 * min(1.0, max(0.0, values[t])))
