@@ -1,103 +1,114 @@
-"""How many real responses a second the grader grades, with one worker and with two.
+"""Measure how many real responses per second the grader grades, with one worker and with two.
 
     ORZ_DATA=folder python -m benchmarks.grader_speed [--rounds 3]
 
-Rows and the form in which they are graded are those of benchmarks/grader_agreement.py. Every round starts each number of workers anew,
-since a grader remembers what it has compared, and the clock starts when the workers have imported. Medians of the rounds.
+The environment variable ORZ_DATA names the folder that holds `responses/`. The responses and their
+form are those of benchmarks/grader_agreement.py. Each round starts new workers, because a grader
+remembers its verdicts; the clock starts when the workers have imported. Prints medians of the
+rounds.
 
 | column | meaning |
 |---|---|
-| responses/s | all responses / seconds of `Grader.grade` |
-| pairs | different pairs of gold and answer that their texts alone do not decide: what the workers compare |
-| pairs/s | those / the same seconds |
-| pairs/s per core | those / seconds of processor of the workers |
-| workers' CPU | seconds of processor of all workers and their children |
-| caller's CPU | seconds of processor of the calling process: finding answers, and all that `equivalence.by_text` decides |
+| responses/s | responses / seconds of `Grader.grade` |
+| pairs | different pairs of gold and answer that the workers decide, because the texts do not |
+| pairs/s | pairs / the same seconds |
+| pairs/s per core | pairs / processor seconds of the workers |
+| workers' CPU | processor seconds of all workers and their children |
+| caller's CPU | processor seconds of the calling process: extraction and `equivalence.by_text` |
 | timeouts | answers that missed the deadline |
 | right | share of responses with reward 1 |
 """
 
-import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import tyro
+
 from benchmarks import record
-from benchmarks.grader_agreement import rows
-from grading.pool import Grader
+from benchmarks.grader_agreement import as_response, data_folder, read_rows
+from grading.pool import Grader, Pair
 
 
-def processes(session: int) -> list[float]:
-    """Seconds of processor of each process of a worker's session, with its children that have ended."""
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 3
+    """Number of rounds; each measures one worker, then two."""
+
+
+def cpu_seconds(session: int) -> list[float]:
+    """Processor seconds of each process of a session, including its children that have ended."""
     used = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = (
-                file.read_text().rpartition(")")[2].split()
-            )  # from the third: state, parent, group, session …
+            text = file.read_text()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended since it was listed
+            continue  # the process has ended since it was listed
+        fields = text.rpartition(")")[2].split()  # state, parent, group, session …
         if int(fields[3]) == session:
             used.append(sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK"))
     return used
 
 
-def measure(workers: int, texts: list[str], golds: list[str]) -> dict[str, float]:
-    """Grade all responses once with a new grader."""
+def total_cpu_seconds(sessions: list[int]) -> float:
+    return sum(sum(cpu_seconds(session)) for session in sessions)
+
+
+def measure(workers: int, responses: list[str], golds: list[str]) -> dict[str, float]:
+    """Grade all responses once with a new grader; returns the columns of the table."""
+    decided: list[Pair] = []
+
+    def note(pair: Pair, verdict: bool | None) -> None:
+        if verdict is not None:
+            decided.append(pair)
+
     with Grader(workers) as grader:
-        sessions = [worker.process.pid for worker in grader._workers]
-        while any(
-            len(processes(session)) < 2 for session in sessions
-        ):  # the child is forked after the imports
-            time.sleep(0.1)
-        before, own = sum(sum(processes(session)) for session in sessions), time.process_time()
+        grader.on_verdict = note
+        sessions = grader.worker_pids
+        while any(len(cpu_seconds(session)) < 2 for session in sessions):
+            time.sleep(0.1)  # a worker forks its child when it has imported
+        workers_before = total_cpu_seconds(sessions)
+        caller_before = time.process_time()
         start = time.perf_counter()
-        grades = grader.grade(texts, golds)
+        grades = grader.grade(responses, golds)
         seconds = time.perf_counter() - start
-        pids = [worker.process.pid for worker in grader._workers]
-        if pids != sessions:
-            raise RuntimeError("a worker was replaced: its seconds of processor are lost")
-        cpu, own = (
-            sum(sum(processes(session)) for session in sessions) - before,
-            time.process_time() - own,
-        )
-        compared = len(grader._known)  # what workers gave a verdict on
+        if grader.worker_pids != sessions:
+            raise RuntimeError("a worker was replaced: its processor seconds are not known")
+        workers_cpu = total_cpu_seconds(sessions) - workers_before
+        caller_cpu = time.process_time() - caller_before
     return {
         "seconds": seconds,
-        "responses/s": len(texts) / seconds,
-        "pairs": compared,
-        "pairs/s": compared / seconds,
-        "pairs/s per core": compared / cpu,
-        "workers' CPU": cpu,
-        "caller's CPU": own,
+        "responses/s": len(responses) / seconds,
+        "pairs": len(decided),
+        "pairs/s": len(decided) / seconds,
+        "pairs/s per core": len(decided) / workers_cpu,
+        "workers' CPU": workers_cpu,
+        "caller's CPU": caller_cpu,
         "timeouts": sum(grade.timeout for grade in grades),
         "right": sum(grade.reward for grade in grades) / len(grades),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    if "ORZ_DATA" not in os.environ:
-        sys.exit("ORZ_DATA is not set: the folder that holds responses/")
-    answered = rows(Path(os.environ["ORZ_DATA"]) / "responses" / "responses.jsonl")
-    texts = [
-        r["pred"] if r["fmt"] == "orz_think_answer" else f"<answer>{r['pred_answer']}</answer>"
-        for r in answered
-    ]
-    golds = [r["gold"] for r in answered]
+    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.grader_speed")
+    try:
+        rows = read_rows(data_folder() / "responses" / "responses.jsonl")
+    except ValueError as error:
+        sys.exit(f"benchmarks.grader_speed: {error}")
+    responses = [as_response(row) for row in rows]
+    golds = [row["gold"] for row in rows]
     measured: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for workers, found in measured.items():
-            found.append(measure(workers, texts, golds))
-    table = [
-        {"workers": workers} | {column: median(one[column] for one in found) for column in found[0]}
-        for workers, found in measured.items()
-    ]
-    note = f"{len(texts):,} responses, {rounds} rounds, one and two workers in turn."
+    for _ in range(cfg.rounds):
+        for workers, results in measured.items():
+            results.append(measure(workers, responses, golds))
+    table = []
+    for workers, results in measured.items():
+        medians = {column: median(result[column] for result in results) for column in results[0]}
+        table.append({"workers": workers} | medians)
+    note = f"{len(responses):,} responses, {cfg.rounds} rounds, one and two workers in turn."
     record.record("grader_speed", "Grading real responses", table, [note])
 
 
