@@ -1,1 +1,1 @@
-"""Problems from files and from the hub, and the passes that make a training set of them (§2.1.1)."""
+"""Read problems from files and from the hub, and select those to train on (§2.1.1)."""

