@@ -1,4 +1,4 @@
-"""The sandbox: right programs pass, wrong ones do not, hostile ones neither pass nor get anywhere."""
+"""The sandbox: right programs pass, wrong programs fail, hostile programs fail and do no harm."""
 
 import base64
 import doctest
@@ -25,22 +25,25 @@ import pytest
 from grading import programs, sandbox, sandbox_child
 from grading.programs import Verdict, decode_tests, extract_program, judge
 
-runs = pytest.mark.skipif(bool(sandbox.unavailable()), reason=sandbox.unavailable() or "it is here")
+needs_sandbox = pytest.mark.skipif(
+    bool(sandbox.unavailable()), reason=sandbox.unavailable() or "the sandbox works"
+)
 
-Cases = programs.Tests  # under a name that pytest does not take for a class of tests
+PROJECT = Path(sandbox.__file__).parent.parent
+Cases = programs.Tests  # pytest takes a name that begins with Test for a class of tests
 SQUARE = Cases(("3\n", "-12\n"), ("9\n", "144\n"))
 RIGHT = "print(int(input()) ** 2)"
-OK = Cases(("",), ("ok\n",))  # what hostile programs are to print if they got what they wanted
+OK = Cases(("",), ("ok\n",))  # passed by a hostile program that gets what it wants
 
 
 def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
     return judge([textwrap.dedent(program)], [tests], workers=1, **limits)[0]
 
 
-# ── right and wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── right and wrong ───────────────────────────────────────────────────────────────────────────────
 
 
-@runs
+@needs_sandbox
 @pytest.mark.parametrize(
     ("program", "tests", "reason"),
     [
@@ -92,13 +95,15 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
             "",
         ),
         (
-            "from threading import Thread\nt = Thread(target=print, args=['ok'])\nt.start(); t.join()",
+            "from threading import Thread\n"
+            "thread = Thread(target=print, args=['ok'])\nthread.start(); thread.join()",
             OK,
             "",
         ),
         ("open('x', 'w').write('ok'); print(open('x').read())", OK, ""),
         (
-            "import decimal, random, datetime, fractions, sqlite3, ctypes, ssl, lzma, hashlib; print('ok')",
+            "import decimal, random, datetime, fractions, sqlite3, ctypes, ssl, lzma, hashlib\n"
+            "print('ok')",
             OK,
             "",
         ),
@@ -110,11 +115,15 @@ def test_stdin(program: str, tests: Cases, reason: str) -> None:
     assert found.reason == reason or (reason == "error: " and found.reason.startswith(reason))
 
 
-@runs
+@needs_sandbox
 @pytest.mark.parametrize(
     ("program", "result", "reason"),
     [
-        ("class Solution:\n    def add(self, a: List[int], b: int): return [x + b for x in a]", [3, 4], ""),
+        (
+            "class Solution:\n    def add(self, a: List[int], b: int): return [x + b for x in a]",
+            [3, 4],
+            "",
+        ),
         ("def add(a, b): return [x + b for x in a]", [3, 4], ""),
         ("def add(a, b): return tuple(x + b for x in a)", [3, 4], ""),
         ("def add(a, b):\n    print([3, 4])\n    return [3, 5]", [3, 4], "wrong answer on test 1"),
@@ -123,36 +132,58 @@ def test_stdin(program: str, tests: Cases, reason: str) -> None:
         ("def add(a, b): return 'é'", "é", ""),
         ("def add(a, b): return None", None, ""),
         ("def add(a, b): return float('nan')", [3, 4], "wrong answer on test 1"),
-        ("def add(a, b): return {1}", [1], "error: TypeError: Object of type set is not JSON serializable"),
-        ("def add(a): return a", [3, 4], "error: TypeError: add() takes 1 positional argument but 2 were given"),
+        (
+            "def add(a, b): return {1}",
+            [1],
+            "error: TypeError: Object of type set is not JSON serializable",
+        ),
+        (
+            "def add(a): return a",
+            [3, 4],
+            "error: TypeError: add() takes 1 positional argument but 2 were given",
+        ),
         ("def sub(a, b): return a", [3, 4], "error: KeyError: 'add'"),
         ("from __future__ import annotations\ndef add(a: no, b) -> no: return [3, 4]", [3, 4], ""),
-        ("def add(a, b): return [3, 4]\nif __name__ == '__main__':\n    print(add(int(input()), 1))", [3, 4], ""),
-        ("print('[' * 100_000); import os; os.write(3, b'[' * 100_000)\ndef add(a, b): exit()", [3, 4], None),
-        ("import os\nfor fd in 3, 4:\n    try: os.write(fd, b'[' * 99_999)\n    except OSError: pass\nexit()", [3], None),
+        (
+            "def add(a, b): return [3, 4]\n"
+            "if __name__ == '__main__':\n    print(add(int(input()), 1))",
+            [3, 4],
+            "",
+        ),
+        (
+            "print('[' * 100_000); import os; os.write(3, b'[' * 100_000)\ndef add(a, b): exit()",
+            [3, 4],
+            None,
+        ),
+        (
+            "import os\nfor fd in 3, 4:\n"
+            "    try: os.write(fd, b'[' * 99_999)\n    except OSError: pass\nexit()",
+            [3],
+            None,
+        ),
     ],
-)  # fmt: skip
+)
 def test_function(program: str, result: object, reason: str | None) -> None:
     found = judge([program], [Cases(("[1, 2]\n2",), (json.dumps(result),), "add")], workers=1)[0]
     assert found.passed is (reason == "")
     assert reason is None or found.reason == reason
 
 
-@runs
+@needs_sandbox
 def test_a_verdict_does_not_depend_on_the_order_of_hashes() -> None:
     order = "print(list({'a', 'b', 'c', 'd', 'e', 'f'}))"
     printed = {sandbox.run(order, "", "", 6.0, 512)[1] for _ in range(4)}
     assert len(printed) == 1
 
 
-@runs
+@needs_sandbox
 def test_many_programs_in_order() -> None:
     programs = [f"print({i})" for i in range(12)]
     tests = [Cases(("",), (str(i if i % 3 else -1),)) for i in range(12)]
     assert [v.passed for v in judge(programs, tests)] == [i % 3 != 0 for i in range(12)]
 
 
-@runs
+@needs_sandbox
 def test_all_tests_of_a_program_share_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "PROGRAM", 1.5)
     slow = "import time; time.sleep(0.6); print('ok')"
@@ -162,19 +193,15 @@ def test_all_tests_of_a_program_share_a_deadline(monkeypatch: pytest.MonkeyPatch
     assert verdict(slow, Cases(("",), ("ok",)), seconds=6.0) == (True, "")
 
 
-@runs
+@needs_sandbox
 def test_the_example_of_judge() -> None:
-    example = doctest.DocTestParser().get_doctest(
-        judge.__doc__.replace("# doctest: +SKIP", ""),
-        vars(programs) | {},
-        "judge",
-        "programs.py",
-        0,
-    )
+    text = judge.__doc__.replace("# doctest: +SKIP", "")
+    parser = doctest.DocTestParser()
+    example = parser.get_doctest(text, dict(vars(programs)), "judge", "programs.py", 0)
     assert doctest.DocTestRunner().run(example) == (0, 2)
 
 
-def test_mistakes_of_the_caller() -> None:
+def test_errors_of_the_caller() -> None:
     with pytest.raises(ValueError, match="program 2: 1 inputs and 0 outputs"):
         judge(["", ""], [SQUARE, Cases(("",), ())])
     with pytest.raises(ValueError, match="program 1: 0 inputs"):
@@ -190,19 +217,16 @@ def test_where_there_is_no_sandbox_it_says_so(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", "darwin")
-            assert re.fullmatch(
-                "the sandbox needs Linux, this is darwin: .+", sandbox.unavailable()
-            )
+            message = "the sandbox needs Linux, this is darwin: .+"
+            assert re.fullmatch(message, sandbox.unavailable())
             with pytest.raises(RuntimeError, match="needs Linux"):
                 judge([RIGHT], [SQUARE])
         sandbox.unavailable.cache_clear()
+        code = sandbox.CHILD.read_text()
         broken = tmp_path / "sandbox_child.py"
-        broken.write_text(
-            sandbox.BOX.read_text()
-            .replace('b"pivot_root"', "")
-            .replace('"pivot_root"', '"pivot_root", None')
-        )
-        monkeypatch.setattr(sandbox, "BOX", broken)
+        broken.write_text(code.replace('"pivot_root"', '"pivot_root", None'))
+        assert broken.read_text() != code
+        monkeypatch.setattr(sandbox, "CHILD", broken)
         assert "does not work here" in sandbox.unavailable() and "\n" not in sandbox.unavailable()
         with pytest.raises(RuntimeError, match="does not work here"):
             judge([RIGHT], [SQUARE])
@@ -210,9 +234,9 @@ def test_where_there_is_no_sandbox_it_says_so(
         sandbox.unavailable.cache_clear()
 
 
-# ── hostile programs ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── hostile programs ──────────────────────────────────────────────────────────────────────────────
 
-# Each prints "ok", and so would pass, if it got what it wanted; or does harm that is looked for outside.
+# Each prints "ok", and so passes, if it gets what it wants; or its harm would be seen outside.
 HOSTILE = {
     "fork bomb": """
         import os
@@ -223,8 +247,10 @@ HOSTILE = {
         import os
         import signal
         libc = ctypes.CDLL(None)
-        for call in (lambda: os.posix_spawn('/proc/self/exe', ['x'], {}), lambda: libc.vfork(), lambda: libc.fork(),
-                     lambda: libc.syscall(56, signal.SIGCHLD, 0, 0, 0, 0), lambda: libc.syscall(57),
+        for call in (lambda: os.posix_spawn('/proc/self/exe', ['x'], {}),
+                     lambda: libc.vfork(), lambda: libc.fork(),
+                     lambda: libc.syscall(56, signal.SIGCHLD, 0, 0, 0, 0),
+                     lambda: libc.syscall(57),
                      lambda: libc.syscall(435, bytes(32) + bytes([17]) + bytes(31), 64),
                      lambda: __import__('subprocess').run(['/bin/sh', '-c', 'true']),
                      lambda: __import__('multiprocessing').Process(target=print).start()):
@@ -236,7 +262,8 @@ HOSTILE = {
         import threading
         import time
         threading.stack_size(1 << 15)
-        for n in range(1000): threading.Thread(target=time.sleep, args=[60], daemon=True).start()
+        for number in range(1000):
+            threading.Thread(target=time.sleep, args=[60], daemon=True).start()
         print('ok')
         """,
     "connect to loopback": """
@@ -252,19 +279,22 @@ HOSTILE = {
     "sockets of other families": """
         import socket
         for family in (1, 2, 10, 16, 17, 38, 40):
-            try: socket.socket(family, socket.SOCK_STREAM if family != 16 else socket.SOCK_RAW); print('ok')
+            kind = socket.SOCK_STREAM if family != 16 else socket.SOCK_RAW
+            try: socket.socket(family, kind); print('ok')
             except OSError: pass
         """,
     "read the caller's files": """
         import os
-        for path in ('FOLDER/secret', 'PROJECT/sandbox.py', '/etc/passwd', '/proc/self/environ', '/proc/PID/environ', '/sys',
+        for path in ('FOLDER/secret', 'PROJECT/grading/sandbox.py', '/etc/passwd',
+                     '/proc/self/environ', '/proc/PID/environ', '/sys',
                      '/bin/sh', '/usr/bin/env', '/home', '/var', '/run'):
             if os.path.exists(path): print('ok')
         """,
     "read the environment": """
         import ctypes
         import os
-        if ctypes.CDLL(None).getenv(b'SECRET') or set(os.environ) - {'HOME', 'PYTHONHASHSEED', 'LC_CTYPE'}: print('ok')
+        if ctypes.CDLL(None).getenv(b'SECRET'): print('ok')
+        if set(os.environ) - {'HOME', 'PYTHONHASHSEED', 'LC_CTYPE'}: print('ok')
         """,
     "use inherited files": """
         import os
@@ -280,14 +310,16 @@ HOSTILE = {
         """,
     "write elsewhere": """
         import os
-        for folder in ('/', '/usr/lib', '/lib', '/etc', '/dev', 'FOLDER', os.path.dirname(os.__file__)):
+        library = os.path.dirname(os.__file__)
+        for folder in ('/', '/usr/lib', '/lib', '/etc', '/dev', 'FOLDER', library):
             for name in ('written-by-a-program', '../written-by-a-program'):
                 try: open(f'{folder}/{name}', 'w').write('x'); print('ok')
                 except OSError: pass
         """,
     "symlinks": """
         import os
-        for number, target in enumerate(['FOLDER', '/root', '/proc/self/root', '/tmp/../../..' + 'FOLDER', '/proc/1/cwd']):
+        targets = ['FOLDER', '/root', '/proc/self/root', '/tmp/../../..' + 'FOLDER', '/proc/1/cwd']
+        for number, target in enumerate(targets):
             os.symlink(target, f'link{number}')
             try: open(f'link{number}/written-by-a-program', 'w'); print('ok')
             except OSError: pass
@@ -300,9 +332,10 @@ HOSTILE = {
         import os
         libc = ctypes.CDLL(None)
         done = [libc.unshare(flag) for flag in (0x10000000, 0x20000, 0x40000000)] + [
-            libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/tmp', 2), libc.chroot(b'/tmp'),
-            libc.pivot_root(b'/tmp', b'/tmp'), libc.setuid(0), libc.setgid(0), libc.ptrace(16, 1, 0, 0),
-            libc.mknod(b'/tmp/disk', 0o60666, 0xFE00), libc.sethostname(b'x', 1), libc.syscall(250, 1, 0)]
+            libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/tmp', 2),
+            libc.chroot(b'/tmp'), libc.pivot_root(b'/tmp', b'/tmp'), libc.setuid(0),
+            libc.setgid(0), libc.ptrace(16, 1, 0, 0), libc.mknod(b'/tmp/disk', 0o60666, 0xFE00),
+            libc.sethostname(b'x', 1), libc.syscall(250, 1, 0)]
         if any(code >= 0 for code in done) or os.getuid() == 0: print('ok')
         """,
     "loop": "while True: pass",
@@ -330,7 +363,14 @@ HOSTILE = {
     "print for ever": "while True: print('x' * 1000)",
     "print 100 MB": "print('x' * 100_000_000)",
     "complain for ever": "import sys\nwhile True: sys.stderr.write('x' * 1000)",
-    "close the output and stay": "import os, time; os.write(1, b'ok'); os.close(1); os.close(2); time.sleep(1000)",
+    "close the output and stay": """
+        import os
+        import time
+        os.write(1, b'ok')
+        os.close(1)
+        os.close(2)
+        time.sleep(1000)
+        """,
     "fill the disk": """
         for number in range(200):
             with open(str(number), 'wb') as file: file.write(bytes(1 << 20))
@@ -363,45 +403,58 @@ HOSTILE = {
         if os.fork(): os._exit(0)
         while True: time.sleep(1)
         """,
-}  # fmt: skip
+}
 REASONS = {
     "time limit": {"loop", "sleep", "ignore signals", "close the output and stay"},
     "memory limit": {"allocate 10 GB"},
     "output limit": {"print for ever", "print 100 MB", "complain for ever"},
 }
 
-# What the namespaces and limits hold alone, without the filter on system calls.
-LAYERED = [
-    "fork bomb", "thread bomb", "connect to loopback", "connect outwards", "read the caller's files", "write elsewhere",
-    "symlinks", "kill everybody", "kill processes by number", "outlive", "ignore signals",
-]  # fmt: skip
+# Those that the namespaces and limits stop without the filter on system calls.
+STOPPED_WITHOUT_FILTER = [
+    "fork bomb",
+    "thread bomb",
+    "connect to loopback",
+    "connect outwards",
+    "read the caller's files",
+    "write elsewhere",
+    "symlinks",
+    "kill everybody",
+    "kill processes by number",
+    "outlive",
+    "ignore signals",
+]
 
 
 @pytest.fixture
 def mark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A word in the command lines of all processes of this test's boxes. The parameter "open" leaves out the filter."""
-    word, code = f"box-{os.getpid()}-{tmp_path.name}", sandbox.BOX.read_text()
-    changes = {'"program.py"': f'"{word}"'} | (
-        {"    filter_calls()\n": ""} if getattr(request, "param", "") == "open" else {}
-    )
+    """A word in the command lines of all processes of this test's sandboxes. With the parameter
+    "open", these have no filter on system calls."""
+    word = f"sandbox-{os.getpid()}-{tmp_path.name}"
+    changes = {'"program.py"': f'"{word}"'}
+    if getattr(request, "param", "") == "open":
+        changes["    filter_calls()\n"] = ""
+    code = sandbox.CHILD.read_text()
     for old, new in changes.items():
         assert code.count(old) == 1
         code = code.replace(old, new)
     (tmp_path / f"{word}.py").write_text(code)
-    monkeypatch.setattr(sandbox, "BOX", tmp_path / f"{word}.py")
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / f"{word}.py")
     return word
 
 
 def processes(mark: str) -> list[int]:
+    """The ids of the processes of this test's sandboxes."""
     found = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it ended meanwhile
-            if mark.encode() in process.read_bytes():
-                found.append(int(process.parent.name))
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since it was listed
+            if mark.encode() in file.read_bytes():
+                found.append(int(file.parent.name))
     return sorted(found)
 
 
-def all_ended(mark: str, seconds: float = 5.0) -> bool:
+def all_end(mark: str, seconds: float = 5.0) -> bool:
+    """Whether all processes of this test's sandboxes end within this time."""
     due = time.monotonic() + seconds
     while processes(mark) and time.monotonic() < due:
         time.sleep(0.05)
@@ -409,128 +462,132 @@ def all_ended(mark: str, seconds: float = 5.0) -> bool:
 
 
 @pytest.fixture
-def knocks() -> Iterator[tuple[int, list[str]]]:
-    """A server on the loopback: its port, and who has connected."""
-    seen: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def server() -> Iterator[tuple[int, list[str]]]:
+    """A server on the loopback interface: its port, and the addresses that have connected."""
+    connected: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def listen() -> None:
             while True:
                 try:
-                    connection, address = server.accept()
+                    connection, address = listener.accept()
                 except OSError:
                     return  # the server is closed
-                seen.append(str(address))
+                connected.append(str(address))
                 connection.close()
 
         threading.Thread(target=listen, daemon=True).start()
-        port = server.getsockname()[1]
-        socket.create_connection(("127.0.0.1", port)).close()  # it hears what there is to hear
-        while not seen:
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()  # it does notice a connection
+        while not connected:
             time.sleep(0.01)
-        seen.clear()
-        yield port, seen
-        server.shutdown(socket.SHUT_RDWR)
+        connected.clear()
+        yield port, connected
+        listener.shutdown(socket.SHUT_RDWR)
 
 
-@runs
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen]:
+    """A process outside that hostile programs try to kill."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def filled_in(program: str, values: dict[str, object]) -> str:
+    for placeholder, value in values.items():
+        program = program.replace(placeholder, str(value))
+    return textwrap.dedent(program).replace("print('ok')", "(print('ok'), exit())")
+
+
+def measured_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Program → the seconds until its verdict, filled while `judge` runs."""
+    times: dict[str, float] = {}
+    original = programs._judge
+
+    def timed(program: str, *rest: object) -> Verdict:
+        start = time.monotonic()
+        found = original(program, *rest)
+        times[program] = max(time.monotonic() - start, times.get(program, 0.0))
+        return found
+
+    monkeypatch.setattr(programs, "_judge", timed)
+    return times
+
+
+def written_files(folder: Path) -> list[Path]:
+    """The files that hostile programs have written outside of the sandbox."""
+    places = [folder, PROJECT, Path.home(), Path("/"), Path("/tmp"), Path("/usr/lib")]
+    places.append(Path(os.__file__).parent)
+    places += [place.parent for place in places]
+    files = [place / "written-by-a-program" for place in places]
+    return [file for file in files if file.exists()]
+
+
+@needs_sandbox
 @pytest.mark.parametrize(
     ("mark", "names"),
-    [("", list(HOSTILE)), ("open", LAYERED)],
+    [("", list(HOSTILE)), ("open", STOPPED_WITHOUT_FILTER)],
     indirect=["mark"],
     ids=["all", "no filter"],
 )
 def test_hostile_programs_do_no_harm(
     mark: str,
     names: list[str],
-    knocks: tuple[int, list[str]],
+    server: tuple[int, list[str]],
+    bystander: subprocess.Popen,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    port, seen = knocks
+    port, connected = server
     monkeypatch.setenv("SECRET", "SECRET")
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     (tmp_path / "secret").write_text("SECRET")
-    meant = {
-        "print('ok')": "(print('ok'), exit())",
-        "PORT": port,
-        "PROJECT": Path(sandbox.__file__).parent.parent,
-        "FOLDER": tmp_path,
-        "PID": bystander.pid,
-    }
-    asked, tests = [], []
+    values = {"PORT": port, "PROJECT": PROJECT, "FOLDER": tmp_path, "PID": bystander.pid}
+    submitted, tests = [], []
     for name in names:
-        program = textwrap.dedent(HOSTILE[name])
-        for word, value in meant.items():
-            program = program.replace(word, str(value))
-        asked += [program, RIGHT]
+        submitted += [filled_in(HOSTILE[name], values), RIGHT]
         tests += [OK, SQUARE]
+    times = measured_times(monkeypatch)
+    verdicts = judge(submitted, tests, workers=2, seconds=3.0, memory_mb=512)
 
-    times = {}
-    plain = programs._judge
-
-    def timed(program: str, *rest: object) -> Verdict:
-        start = time.monotonic()
-        found = plain(program, *rest)
-        times[program] = max(time.monotonic() - start, times.get(program, 0.0))
-        return found
-
-    monkeypatch.setattr(programs, "_judge", timed)
-    verdicts = judge(asked, tests, workers=2, seconds=3.0, memory_mb=512)
-
-    found = dict(zip(names, verdicts[::2], strict=True))
-    assert not {name: verdict for name, verdict in found.items() if verdict.passed}
     assert set(verdicts[1::2]) == {Verdict(True, "")}
     assert times[RIGHT] < 3.0 and max(times.values()) < 6.0
     assert processes(mark) == []
-    assert seen == []
+    assert connected == []
     assert bystander.poll() is None
-    bystander.kill()
-    bystander.wait()
-    places = [
-        tmp_path,
-        meant["PROJECT"],
-        Path.home(),
-        Path("/"),
-        Path("/tmp"),
-        Path("/usr/lib"),
-        Path(os.__file__).parent,
-    ]
-    assert not [
-        place
-        for place in [*places, *(p.parent for p in places)]
-        if (place / "written-by-a-program").exists()
-    ]
-    if names is not LAYERED:
-        assert found.pop("allocate little by little").reason in (
-            "memory limit",
-            "time limit",
-        )  # whichever comes first
-        for reason, wanted in REASONS.items():
-            assert {name for name, verdict in found.items() if verdict.reason == reason} == wanted
+    assert written_files(tmp_path) == []
+    found = dict(zip(names, verdicts[::2], strict=True))
+    assert not {name: verdict for name, verdict in found.items() if verdict.passed}
+    if names is not STOPPED_WITHOUT_FILTER:
+        # It reaches one of these limits first.
+        either = found.pop("allocate little by little")
+        assert either.reason in ("memory limit", "time limit")
+        for reason, expected in REASONS.items():
+            assert {name for name, verdict in found.items() if verdict.reason == reason} == expected
 
 
-@runs
+@needs_sandbox
 @pytest.mark.parametrize("mark", ["open"], indirect=True)
 def test_without_the_filter_processes_are_counted(mark: str) -> None:
-    count = """
+    program = """
         import os
         import time
-        for n in range(200):
+        for count in range(200):
             try: child = os.fork()
             except BlockingIOError: break
             if not child: time.sleep(100)
-        print(n)
+        print(count)
         """
-    reason, output = sandbox.run(textwrap.dedent(count), "", "", 5.0, 512)
+    reason, output = sandbox.run(textwrap.dedent(program), "", "", 5.0, 512)
     assert reason == "" and 20 < int(output) < 32
     assert processes(mark) == []
 
 
-@runs
-def test_what_the_box_holds() -> None:
-    """Everything in it, outside of the folders of libraries; and the folders in which a program can make a file."""
-    look = """
+@needs_sandbox
+def test_the_files_in_the_sandbox() -> None:
+    """All files outside of the folders of libraries, and the folders that a program can write."""
+    program = """
         import json
         import os
         import sys
@@ -540,65 +597,74 @@ def test_what_the_box_holds() -> None:
             if not folder.startswith('/tmp'): mounts.add(os.statvfs(folder).f_flag & 3)
             if not folder.startswith(('/lib', '/usr/lib', sys.base_prefix + '/lib')):
                 listed += [os.path.join(folder, name) for name in files]
-        print(json.dumps([sorted(listed), writable, os.getcwd(), sys.executable, os.uname().nodename, len(os.listdir()),
-                          list(mounts)]))
+        print(json.dumps({
+            'listed': listed, 'writable': writable, 'mounts': list(mounts), 'folder': os.getcwd(),
+            'files': os.listdir(), 'python': sys.executable, 'host': os.uname().nodename}))
         """
-    reason, output = sandbox.run(textwrap.dedent(look), "", "", 20.0, 512)
+    reason, output = sandbox.run(textwrap.dedent(program), "", "", 20.0, 512)
     assert reason == ""
-    listed, writable, folder, python, host, files, mounts = json.loads(output)
+    found = json.loads(output)
     devices = [f"/dev/{name}" for name in ("null", "random", "urandom", "zero")]
-    assert set(listed) - {"/etc/ld.so.cache"} == {*devices, python}
-    assert (writable, folder, host, files) == (["/tmp"], "/tmp", "box", 0)
-    assert mounts == [os.ST_RDONLY | os.ST_NOSUID]
+    listed = set(found.pop("listed")) - {"/etc/ld.so.cache"}
+    assert listed == {*devices, found.pop("python")}
+    read_only = os.ST_RDONLY | os.ST_NOSUID
+    assert found == {
+        "writable": ["/tmp"],
+        "mounts": [read_only],
+        "folder": "/tmp",
+        "files": [],
+        "host": "box",
+    }
 
 
-@runs
-def test_what_the_program_is_left_with(mark: str) -> None:
-    """As the kernel tells it from outside: namespaces, rights, limits."""
+def program_process(mark: str) -> int:
+    """The process of the program itself, once it runs: the third of its sandbox."""
+    while True:
+        found = processes(mark)
+        if len(found) == 3 and b"-c" in Path(f"/proc/{found[2]}/cmdline").read_bytes():
+            return found[2]
+        time.sleep(0.02)
+
+
+@needs_sandbox
+def test_the_rights_and_limits_of_a_program(mark: str) -> None:
+    """As the kernel shows them outside: namespaces, capabilities, users, limits."""
+    code = "import time; print('ok', flush=True); time.sleep(1)"
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(
-            verdict,
-            "import time; print('ok', flush=True); time.sleep(1)",
-            seconds=5.0,
-            memory_mb=300,
-        )
-        while (
-            len(found := processes(mark)) < 3
-            or b"-c" not in Path(f"/proc/{found[2]}/cmdline").read_bytes()
-        ):
-            time.sleep(0.02)
-        program = found[2]
+        future = pool.submit(verdict, code, seconds=5.0, memory_mb=300)
+        program = program_process(mark)
         for kind in ("mnt", "pid", "net", "ipc", "uts"):
             assert os.readlink(f"/proc/{program}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
-        lines = (
-            line.partition(":") for line in Path(f"/proc/{program}/status").read_text().splitlines()
-        )
-        status = {name: value.split() for name, _, value in lines}
-        nothing = ["0" * 16]
-        assert [status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [nothing] * 4
-        assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == (["1"], ["2"], ["1"])
-        assert "0" not in status["Uid"] + status["Gid"]
-        assert os.geteuid() or status["Groups"] == []
-        limits = re.findall(
-            r"^Max ([a-z ]+?) {2,}(\S+) +(\S+)", Path(f"/proc/{program}/limits").read_text(), re.M
-        )
-        found = {
-            name: int(soft) for name, soft, hard in limits if soft == hard and soft != "unlimited"
-        }
-        assert found.items() >= {
-            "address space": 300 << 20, "cpu time": 6, "file size": sandbox_child.FOLDER, "open files": sandbox_child.FILES,
-            "processes": sandbox_child.THREADS, "core file size": 0,
-        }.items()  # fmt: skip
+        lines = Path(f"/proc/{program}/status").read_text().splitlines()
+        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        limits = Path(f"/proc/{program}/limits").read_text()
         assert future.result().passed
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert status[name] == ["0" * 16]
+    assert (status["NoNewPrivs"], status["Seccomp"], status["Threads"]) == (["1"], ["2"], ["1"])
+    assert "0" not in status["Uid"] + status["Gid"]
+    assert os.geteuid() or status["Groups"] == []
+    values = {}
+    for name, soft, hard in re.findall(r"^Max ([a-z ]+?) {2,}(\S+) +(\S+)", limits, re.M):
+        if soft == hard and soft != "unlimited":
+            values[name] = int(soft)
+    expected = {
+        "address space": 300 << 20,
+        "cpu time": 6,
+        "file size": sandbox_child.MAX_FILE,
+        "open files": sandbox_child.MAX_OPEN_FILES,
+        "processes": sandbox_child.MAX_THREADS,
+        "core file size": 0,
+    }
+    assert values.items() >= expected.items()
 
 
-@runs
+@needs_sandbox
 def test_calls_that_are_refused() -> None:
     machine = os.uname().machine
     column = sandbox_child.ARCHITECTURES[machine][1]
-    numbers = {
-        name: row[column] for name, row in sandbox_child.REFUSED.items() if row[column] is not None
-    }
+    refused = {name: numbers[column] for name, numbers in sandbox_child.REFUSED.items()}
+    numbers = {name: number for name, number in refused.items() if number is not None}
     numbers |= {"clone": sandbox_child.CLONE[column], "clone3": sandbox_child.CLONE3}
     try_all = f"""
         import ctypes
@@ -617,55 +683,100 @@ def test_calls_that_are_refused() -> None:
         assert verdict(second_table).reason == f"error: ended by signal {signal.SIGSYS}"
 
 
-@runs
-@pytest.mark.parametrize(("sign", "seconds"), [(signal.SIGKILL, 60), (signal.SIGINT, 2)])
-def test_boxes_end_with_their_caller(sign: int, seconds: int, mark: str) -> None:
+def start_caller(program: str, tests: int, seconds: int) -> subprocess.Popen:
+    """Start a Python process that judges twenty such programs, each with so many tests."""
+    # A background job of a shell ignores SIGINT, and so do the processes that it starts. Python
+    # then raises no KeyboardInterrupt, unless the handler is set.
     code = f"""if True:
         import os
         import pathlib
+        import signal
         from grading import programs
         from grading import sandbox
-        sandbox.BOX = pathlib.Path(os.environ["BOX"])
-        programs.judge(["while True: pass"] * 20, [programs.Tests(("",), ("",))] * 20, seconds={seconds})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sandbox.CHILD = pathlib.Path(os.environ["CHILD"])
+        tests = programs.Tests(("",) * {tests}, ("",) * {tests})
+        programs.judge([{program!r}] * 20, [tests] * 20, seconds={seconds})
         """
-    folder, environment = (
-        Path(sandbox.__file__).parent.parent,
-        os.environ | {"BOX": str(sandbox.BOX)},
+    environment = os.environ | {"CHILD": str(sandbox.CHILD)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=PROJECT, env=environment
     )
-    caller = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, cwd=folder, env=environment
-    )
-    while len(processes(mark)) < 6:  # two boxes of three processes
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("sent", "program", "tests", "seconds"),
+    [
+        (signal.SIGKILL, "while True: pass", 1, 60),
+        (signal.SIGINT, "while True: pass", 1, 2),
+        (signal.SIGINT, "import time; time.sleep(1)", 20, 6),
+    ],
+    ids=["killed", "interrupted", "interrupted between tests"],
+)
+def test_sandboxes_end_with_their_caller(
+    sent: int, program: str, tests: int, seconds: int, mark: str
+) -> None:
+    caller = start_caller(program, tests, seconds)
+    while len(processes(mark)) < 6:  # two sandboxes of three processes
         assert caller.poll() is None
         time.sleep(0.02)
     start = time.monotonic()
-    caller.send_signal(sign)
-    assert caller.wait() != 0 and time.monotonic() - start < 10  # and not after all twenty
-    assert all_ended(mark)
+    caller.send_signal(sent)
+    assert caller.wait() != 0
+    assert time.monotonic() - start < 10  # less than all programs, or all tests of one, take
+    assert all_end(mark)
 
 
-@runs
+class InterruptedList(list):
+    """A list that raises KeyboardInterrupt at its end, but not the first time it is read."""
+
+    times_read = 0
+
+    def __iter__(self) -> Iterator:
+        self.times_read += 1
+        yield from super().__iter__()
+        if self.times_read > 1:
+            raise KeyboardInterrupt
+
+
+@needs_sandbox
+def test_an_interrupt_cancels_queued_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also an interrupt that comes while the programs are being queued."""
+    started = []
+
+    def slow(program: str, *_: object) -> Verdict:
+        started.append(program)
+        time.sleep(0.2)
+        return Verdict(True, "")
+
+    monkeypatch.setattr(programs, "_judge", slow)
+    with pytest.raises(KeyboardInterrupt):
+        judge(InterruptedList([RIGHT] * 40), [SQUARE] * 40, workers=2)
+    assert len(started) <= 4
+
+
+@needs_sandbox
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_box_ends_as_a_whole(which: int, mark: str) -> None:
-    """Its outer process, process 1, or the program, killed from outside, as by the kernel when memory runs out."""
+def test_a_sandbox_ends_if_one_of_its_processes_is_killed(which: int, mark: str) -> None:
+    """The outer process, process 1 or the program, as the kernel does when memory runs out."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(verdict, "import time; time.sleep(30); print('ok')", seconds=30.0)
         while len(found := processes(mark)) < 3:
             time.sleep(0.02)
-        assert {Path(f"/proc/{process}/oom_score_adj").read_text() for process in found} == {
-            "1000\n"
-        }
+        scores = {Path(f"/proc/{process}/oom_score_adj").read_text() for process in found}
+        assert scores == {"1000\n"}
         os.kill(found[which], signal.SIGKILL)
         assert not future.result(timeout=5).passed
     assert future.result().reason.startswith("error: ")
-    assert all_ended(mark)
+    assert all_end(mark)
 
 
-@runs
-def test_a_box_that_nobody_ends_ends_itself(mark: str) -> None:
-    code = sandbox.BOX.read_text()
+@needs_sandbox
+def test_a_sandbox_that_nobody_ends_ends_itself(mark: str) -> None:
+    code = sandbox.CHILD.read_text()
     assert code.count("SET_PDEATHSIG, signal.SIGKILL") == 2
-    sandbox.BOX.write_text(code.replace("SET_PDEATHSIG, signal.SIGKILL", "SET_PDEATHSIG, 0"))
+    sandbox.CHILD.write_text(code.replace("SET_PDEATHSIG, signal.SIGKILL", "SET_PDEATHSIG, 0"))
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(verdict, "import time; time.sleep(60)", seconds=1.0)
         while len(found := processes(mark)) < 3:
@@ -673,10 +784,10 @@ def test_a_box_that_nobody_ends_ends_itself(mark: str) -> None:
         os.kill(found[0], signal.SIGKILL)
         assert not future.result(timeout=5).passed
     assert processes(mark)
-    assert all_ended(mark, 10.0)
+    assert all_end(mark, 10.0)
 
 
-# ── text to program, row to tests ────────────────────────────────────────────────────────────────────────────────────
+# ── extracting programs, reading tests ────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
