@@ -1,11 +1,13 @@
-"""How long curation/curate.py takes for as many rows as the paper's set has, and how much memory.
+"""Time and memory of curation/curate.py for as many rows as the paper's set has.
 
-    ORZ_DATA=folder python -m benchmarks.curate_scale [rows]
+    ORZ_DATA=folder python -m benchmarks.curate_scale 129000
 
-Makes `rows` (default 129,000) problems from those of `ORZ_DATA` (the authors' rows, MATH, GSM8K): after the first round each
-is used again with its numbers changed, as another problem with another gold; one in twenty is a copy instead, its sentences
-in another order, which should be found. Prints the table, seconds, seconds of processor (all processes), rows per second,
-peak memory of the main process and of the largest worker, and the share of copies found.
+Makes rows from the problems in `ORZ_DATA` (the authors' rows, MATH, GSM8K). First each problem is
+used as it is. Then each is used again with its numbers changed and another gold, as a new problem;
+one in twenty is a copy instead, which should be found: only its first sentence is moved to the end.
+
+Prints the table of the passes, the seconds, the CPU seconds of all processes, rows per second, the
+peak memory of the main process and of the largest worker, and the share of copies removed.
 """
 
 import json
@@ -17,19 +19,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import tyro
 
 from curation import curate, formats
 
-FILES = [
+FILES = (
     "orz_train/orz_math_57k_first2048_w_num_correct.json",
     "orz_train/orz_math_72k_first2725.json",
-]
-FILES += ["math/math_train_7474.json", "gsm8k/train.jsonl"]
+    "math/math_train_7474.json",
+    "gsm8k/train.jsonl",
+)
+COPY_SHARE = 0.05
 
 
-def problems(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str, str | bool]]:
-    """`count` rows; `copy` marks the planted copies."""
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark."""
+
+    rows: tyro.conf.Positional[int] = 129_000
+    """Number of rows to curate (§2.1.1: 129k)."""
+
+
+def read_originals(folder: Path) -> list[tuple[str, str]]:
+    """(question, answer) of all readable rows of FILES."""
     originals = []
     for file in FILES:
         for _, item in formats.rows(folder / file):
@@ -37,49 +52,81 @@ def problems(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str,
                 question, answer = formats.question_answer(item)
             except ValueError:
                 continue
-            originals.append(
-                (re.sub(r"^\s*\d+\.\s", "", question), answer)
-            )  # a copy would move the problem's number
+            # Without the problem's number: a copy would move it into the middle.
+            originals.append((re.sub(r"^\s*\d+\.\s", "", question), answer))
+    return originals
+
+
+def make_rows(
+    originals: list[tuple[str, str]], count: int, rng: random.Random
+) -> Iterator[dict[str, str | bool]]:
+    """`count` rows; `copy` marks those that repeat an original."""
     for k in range(count):
         question, answer = originals[k % len(originals)]
-        if k < len(originals):
-            yield {"question": question, "answer": answer, "copy": False}
-        elif rng.random() < 0.05:
-            sentences = re.split(r"(?<=[a-z$][.?]) (?=[A-Z])", question)
-            yield {
-                "question": " ".join(sentences[1:] + sentences[:1]),
-                "answer": answer,
-                "copy": True,
-            }
-        else:
-            other = re.sub(
-                r"\d+", lambda number: str(int(number[0][:9]) + rng.randint(1, 10**6)), question
-            )
-            yield {"question": other, "answer": str(rng.randint(0, 10**6)), "copy": False}
+        is_copy = False
+        if k >= len(originals):
+            is_copy = rng.random() < COPY_SHARE
+            if is_copy:
+                question = first_sentence_last(question)
+            else:
+                question = with_other_numbers(question, rng)
+                answer = str(rng.randint(0, 10**6))
+        yield {"question": question, "answer": answer, "copy": is_copy}
+
+
+def first_sentence_last(question: str) -> str:
+    sentences = re.split(r"(?<=[a-z$][.?]) (?=[A-Z])", question)
+    return " ".join(sentences[1:] + sentences[:1])
+
+
+def with_other_numbers(question: str, rng: random.Random) -> str:
+    def larger(number: re.Match) -> str:
+        return str(int(number[0][:9]) + rng.randint(1, 10**6))
+
+    return re.sub(r"\d+", larger, question)
 
 
 def main() -> None:
-    if "ORZ_DATA" not in os.environ:
-        sys.exit("ORZ_DATA is not set: the folder that holds orz_train/, math/ and gsm8k/")
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 129_000
+    """Make the rows in a temporary folder, curate them, and print what that took."""
+    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.curate_scale")
+    data = os.environ.get("ORZ_DATA")
+    if data is None:
+        sys.exit(
+            "benchmarks.curate_scale: ORZ_DATA is not set; it names the folder that holds "
+            "orz_train/, math/ and gsm8k/"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder, "rows.jsonl"), Path(folder, "problems.jsonl")
-        rows = list(problems(Path(os.environ["ORZ_DATA"]), count, random.Random(0)))
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        copies = {f"rows.jsonl:{k}" for k, row in enumerate(rows, 1) if row["copy"]}
-        del rows
+        source = Path(folder, "rows.jsonl")
+        out = Path(folder, "problems.jsonl")
+        copies = set()  # places of the rows that should be removed
+        with source.open("w") as file:
+            rows = make_rows(read_originals(Path(data)), cfg.rows, random.Random(0))
+            for number, row in enumerate(rows, 1):
+                file.write(json.dumps(row) + "\n")
+                if row["copy"]:
+                    copies.add(f"rows.jsonl:{number}")
         start = time.monotonic()
         curate.main([str(source), "--out", str(out), "--drop-bad-rows"])
         seconds = time.monotonic() - start
-        kept = {json.loads(line)["source"] for line in out.open()}
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    memory = [u.ru_maxrss / 2**20 for u in used]
-    cpu = sum(u.ru_utime + u.ru_stime for u in used)
+        with out.open() as file:
+            kept = {json.loads(line)["source"] for line in file}
+    print_usage(cfg.rows, seconds)
+    if copies:
+        removed_share = 1 - len(copies & kept) / len(copies)
+        print(f"{removed_share:.4f} of {len(copies):,} copies removed")
+
+
+def print_usage(num_rows: int, seconds: float) -> None:
+    main_process = resource.getrusage(resource.RUSAGE_SELF)
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = sum(used.ru_utime + used.ru_stime for used in (main_process, workers))
+    speed = num_rows / seconds
+    print(f"{num_rows:,} rows in {seconds:.0f} s ({cpu_seconds:.0f} CPU s), {speed:,.0f} rows/s")
+    kib_per_gib = 2**20
     print(
-        f"{count:,} rows in {seconds:.0f} s ({cpu:.0f} s of processor), {count / seconds:,.0f} rows/s"
+        f"peak memory {main_process.ru_maxrss / kib_per_gib:.2f} GB, "
+        f"largest worker {workers.ru_maxrss / kib_per_gib:.2f} GB"
     )
-    print(f"peak memory {memory[0]:.2f} GB, largest worker {memory[1]:.2f} GB")
-    print(f"{1 - len(copies & kept) / len(copies):.4f} of {len(copies):,} copies removed")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Layouts of a row; the first that fits is used, and each field must hold text or 
 | `prompt`, `final_answer` | `prompt[0].value` | `final_answer` | the authors' evaluation sets |
 | `Correct Answer` | `Question` with shuffled options | the letter | GPQA |
 | `options` or `choices` | `question` with options | `answer` (letter, index) | MMLU-Pro, MMLU |
-| `messages` | `content` of the user's last | `ground_truth` | Tulu 3's RLVR-MATH |
+| `messages` | `content` of the last user message | `ground_truth` | Tulu 3's RLVR-MATH |
 | `question_content` | it, with `starter_code` | none, but `tests` | LiveCodeBench |
 | with an answer | `question`, `problem` | see below | AIME, MATH-500, NuminaMath, OpenR1 |
 | with `solution` only | `question`, `problem` | the last box of `solution` | MATH |

@@ -15,7 +15,7 @@ from curation import curate, dedupe, filters, formats, synthetic
 from curation.dedupe import Overlap, Row
 from grading.pool import Grader
 
-QUIET = ["--workers", "1"]
+ONE_WORKER = ["--workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     )
     out = tmp_path / "out" / "problems.jsonl"
     out.parent.mkdir()
-    curate.main([str(orz), str(other), "--against", str(held_out), "--out", str(out), *QUIET])
+    curate.main([str(orz), str(other), "--against", str(held_out), "--out", str(out), *ONE_WORKER])
     assert removed(out) == {
         "orz.json:2": ("proof", ""),
         "other.jsonl:1": ("exact", "orz.json:1"),
@@ -127,7 +127,7 @@ def test_every_pass_can_be_switched_off_and_runs_repeat(tmp_path: Path) -> None:
     )
     out = tmp_path / "b.jsonl"
     off = ["--no-choice", "--no-proof", "--no-language", "--no-gold", "--no-exact", "--no-ngram"]
-    curate.main([str(source), "--out", str(out), *off, *QUIET])
+    curate.main([str(source), "--out", str(out), *off, *ONE_WORKER])
     assert len(out.read_text().splitlines()) == 4 and removed(out) == {}
     written = []
     for workers in ("1", "2", "2"):
@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     Path("a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     out = [] if "--out" in flags else ["--out", "b.jsonl"]
     with pytest.raises(SystemExit) as stop:
-        curate.main(["a.jsonl", *out, *flags, *QUIET])
+        curate.main(["a.jsonl", *out, *flags, *ONE_WORKER])
     assert stop.value.code.startswith("curation.curate: ")
     assert message in stop.value.code and "\n" not in stop.value.code
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_neither_file(
     bad = write_lines(tmp_path / "bad.jsonl", [{"question": "1+1?"}])
     out = tmp_path / "b.jsonl"
     with pytest.raises(SystemExit, match="no space left"):
-        curate.main([str(source), str(bad), "--drop-bad-rows", "--out", str(out), *QUIET])
+        curate.main([str(source), str(bad), "--drop-bad-rows", "--out", str(out), *ONE_WORKER])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bad.jsonl"]
 
 
@@ -192,12 +192,12 @@ def test_bad_rows_can_be_dropped_but_names_must_differ(tmp_path: Path) -> None:
     good = {"question": "1+2?", "answer": "3"}
     source = write_lines(tmp_path / "a.jsonl", [{"question": "1+1?"}, good])
     out = tmp_path / "b.jsonl"
-    curate.main([str(source), "--drop-bad-rows", "--out", str(out), *QUIET])
+    curate.main([str(source), "--drop-bad-rows", "--out", str(out), *ONE_WORKER])
     assert removed(out) == {"a.jsonl:1": ("bad row", "")}
     (tmp_path / "c").mkdir()
     twin = write_lines(tmp_path / "c" / "a.jsonl", [good])
     with pytest.raises(SystemExit, match=r"has a file a\.jsonl, too"):
-        curate.main([str(source), str(twin), "--drop-bad-rows", "--out", str(out), *QUIET])
+        curate.main([str(source), str(twin), "--drop-bad-rows", "--out", str(out), *ONE_WORKER])
 
 
 def test_unknown_flags_are_errors(capsys: pytest.CaptureFixture) -> None:
@@ -222,7 +222,7 @@ def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
     source.write_text(json.dumps(rows))
     out = tmp_path / "b.jsonl"
     counts = ["--count-field", "num_correct", "--count-of", "4"]
-    curate.main([str(source), "--out", str(out), *counts, *QUIET])
+    curate.main([str(source), "--out", str(out), *counts, *ONE_WORKER])
     assert removed(out) == {"a.json:1": ("rate", ""), "a.json:5": ("rate", "")}
 
     folder = tmp_path / "rollouts"
@@ -233,10 +233,10 @@ def test_pass_rates_from_counts_and_from_rollouts(tmp_path: Path) -> None:
     for step in range(2):
         write_lines(folder / f"step-{step}.jsonl", graded)
     rollouts = ["--rollouts", str(folder)]
-    curate.main([str(source), "--out", str(out), *rollouts, *QUIET])
+    curate.main([str(source), "--out", str(out), *rollouts, *ONE_WORKER])
     assert removed(out) == {"a.json:5": ("rate", "")}  # the rate of the first is unknown
     hard = ["--hard", "2", "--hard-of", "4"]
-    curate.main([str(source), "--out", str(out), *rollouts, *hard, *QUIET])
+    curate.main([str(source), "--out", str(out), *rollouts, *hard, *ONE_WORKER])
     (kept,) = read_lines(out)
     assert (kept["source"], kept["right"], kept["of"]) == ("a.json:2", 2, 8)
 
