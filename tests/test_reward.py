@@ -368,7 +368,7 @@ def test_workers_end_when_their_input_does() -> None:
 
 
 def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
-    pairs = [(f"\\frac{{{n}}}{{6}}", f"{n % 4}/{n % 3 + 1}") for n in range(40)]
+    pairs = [(f"\\frac{{{i}}}{{6}}", f"{i % 4}/{i % 3 + 1}") for i in range(40)]
     with Grader(workers=3) as three:
         assert verdicts(three, pairs) == verdicts(grader, pairs)
     assert 0 < sum(map(bool, verdicts(grader, pairs).values())) < 40
@@ -377,10 +377,10 @@ def test_results_do_not_depend_on_the_number_of_workers(grader: Grader) -> None:
 def test_a_thread_may_grade(grader: Grader) -> None:
     results = []
 
-    def compare(n: int) -> None:
-        results.append(grader.equal([f"{n}/2"], [f"{n / 2}"]))
+    def compare(number: int) -> None:
+        results.append(grader.equal([f"{number}/2"], [f"{number / 2}"]))
 
-    threads = [threading.Thread(target=compare, args=(n,)) for n in (1, 3, 5)]
+    threads = [threading.Thread(target=compare, args=(number,)) for number in (1, 3, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -453,6 +453,15 @@ def processes(mark: str) -> list[int]:
     return sorted(found)
 
 
+def wait_for_processes(mark: str, count: int, seconds: float = 60.0) -> list[int]:
+    """The ids of these processes as soon as there are so many. Fails if there never are."""
+    due = time.monotonic() + seconds
+    while len(processes(mark)) < count:
+        assert time.monotonic() < due
+        time.sleep(0.02)
+    return processes(mark)
+
+
 def all_end(mark: str, seconds: float = 5.0) -> bool:
     """Whether all processes of this test's sandboxes end within this time."""
     due = time.monotonic() + seconds
@@ -619,11 +628,10 @@ def test_the_files_in_the_sandbox() -> None:
 
 def program_process(mark: str) -> int:
     """The process of the program itself, once it runs: the third of its sandbox."""
-    while True:
-        found = processes(mark)
-        if len(found) == 3 and b"-c" in Path(f"/proc/{found[2]}/cmdline").read_bytes():
-            return found[2]
+    program = wait_for_processes(mark, 3)[2]
+    while b"-c" not in Path(f"/proc/{program}/cmdline").read_bytes():
         time.sleep(0.02)
+    return program
 
 
 @needs_sandbox
@@ -718,9 +726,7 @@ def test_sandboxes_end_with_their_caller(
     sent: int, program: str, tests: int, seconds: int, mark: str
 ) -> None:
     caller = start_caller(program, tests, seconds)
-    while len(processes(mark)) < 6:  # two sandboxes of three processes
-        assert caller.poll() is None
-        time.sleep(0.02)
+    wait_for_processes(mark, 6)  # two sandboxes of three processes
     start = time.monotonic()
     caller.send_signal(sent)
     assert caller.wait() != 0
@@ -762,8 +768,7 @@ def test_a_sandbox_ends_if_one_of_its_processes_is_killed(which: int, mark: str)
     """The outer process, process 1 or the program, as the kernel does when memory runs out."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(verdict, "import time; time.sleep(30); print('ok')", seconds=30.0)
-        while len(found := processes(mark)) < 3:
-            time.sleep(0.02)
+        found = wait_for_processes(mark, 3)
         scores = {Path(f"/proc/{process}/oom_score_adj").read_text() for process in found}
         assert scores == {"1000\n"}
         os.kill(found[which], signal.SIGKILL)
@@ -779,8 +784,7 @@ def test_a_sandbox_that_nobody_ends_ends_itself(mark: str) -> None:
     sandbox.CHILD.write_text(code.replace("SET_PDEATHSIG, signal.SIGKILL", "SET_PDEATHSIG, 0"))
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(verdict, "import time; time.sleep(60)", seconds=1.0)
-        while len(found := processes(mark)) < 3:
-            time.sleep(0.02)
+        found = wait_for_processes(mark, 3)
         os.kill(found[0], signal.SIGKILL)
         assert not future.result(timeout=5).passed
     assert processes(mark)
