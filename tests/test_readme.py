@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +21,7 @@ import train
 from config import Config, parse
 from curation.curate import Recipe
 from evaluate import Evaluation
+from experiments.claims import CLAIMS
 from preflight import prepare
 from reports.metrics import describe
 from rollout import Rollout
@@ -384,6 +386,20 @@ def test_metric_glossary_is_complete(
     written |= set(describe([Rollout(problem, [0], [0.0], "stop", "")]))
     stages = {key for key in written if key.startswith("seconds_")}
     assert written - stages == glossary() - {"seconds_*"}
+
+
+def test_claims_table_has_every_verdict() -> None:
+    """Each claim has its row, and the sentence above the table counts the verdicts."""
+    section = README.split("## Results")[1].split("<!-- /claims -->")[0]
+    (table,) = tables(section)
+    verdicts = Counter(row[table[0].index("verdict")] for row in table[2:])
+    said = re.search(
+        r"Of (\d+) claims (\d+) reproduce,\s+(\d+) does not reproduce, and (\d+) are not", section
+    )
+    names = ("reproduces", "does not reproduce", "not visible at this scale")
+    counted = [len(table) - 2, *(verdicts[name] for name in names)]
+    assert [int(number) for number in said.groups()] == counted
+    assert len(table) - 2 == sum(verdicts[name] for name in names) == len(CLAIMS)
 
 
 def test_hardware_table_is_the_plans() -> None:
