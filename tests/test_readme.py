@@ -100,10 +100,13 @@ def test_file_map_is_the_tree() -> None:
 
 
 def test_lines_have_at_most_100_columns() -> None:
-    for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
-        lines = path.read_text().splitlines()
-        long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
-        assert not long, f"{path.relative_to(ROOT)}: lines {long} have over 100 columns"
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long, "\n".join(long)
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
