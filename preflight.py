@@ -213,7 +213,7 @@ def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Probl
     other problem, or leaves it out with `drop`."""
     good = [bool(p.tests) for p in problems]
     if not all(good):
-        parsed = grader.check_golds([p.answer for p in problems])
+        parsed = grader.are_gradable([p.answer for p in problems])
         good = [has_tests or ok for has_tests, ok in zip(good, parsed, strict=True)]
     for problem, ok in zip(problems, good, strict=True):
         if not ok and not drop:

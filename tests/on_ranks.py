@@ -15,10 +15,9 @@ import distributed
 import ppo
 import rollout
 import train
-from config import Config
+from config import Config, Sampling
 from critic import load_critic
 from distributed import Sharding
-from hf_sampler import Sampling, VllmSampler
 from policy import Policy, load_policy
 from toy import tiny
 
@@ -30,7 +29,8 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
     values and the metrics."""
     sharding = Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload)
     policy, critic = load_policy(str(model), sharding), load_critic(str(model), sharding=sharding)
-    optimizers = [ppo.adamw(list(m.parameters())) for m in (policy, critic)]
+    policy_optimizer, critic_optimizer = (ppo.adamw(list(m.parameters())) for m in (policy, critic))
+    models = train.Models(policy, policy_optimizer, critic, critic_optimizer, None)
     left, stats, real = {}, {}, ppo.optimizer_step
 
     def noted(optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float) -> float:
@@ -50,15 +50,12 @@ def updates(out: Path, model: Path, cfg: Config) -> None:
         for i, r in enumerate(rollouts):
             r.reward = float(i % 3 == 0)
         values = train.predict_values(cfg, critic, rollouts)
-        A, targets = train.compute_advantages(cfg, policy, None, rollouts, values)
-        with distributed.on_device(cfg.offload, critic, optimizers[1]):
-            stats |= train.update_critic(
-                cfg, critic, optimizers[1], rollouts, values, targets, step
-            )
-        with distributed.on_device(cfg.offload, policy, optimizers[0]):
-            stats |= train.update_policy(
-                cfg, policy, None, optimizers[0], rollouts, train.normalize_advantages(A), step
-            )
+        advantages, targets = train.compute_advantages(cfg, models, rollouts, values)
+        with distributed.on_device(cfg.offload, critic, critic_optimizer):
+            stats |= train.update_critic(cfg, models, rollouts, values, targets, step)
+        advantages = train.normalize_advantages(advantages)
+        with distributed.on_device(cfg.offload, policy, policy_optimizer):
+            stats |= train.update_policy(cfg, models, rollouts, advantages, step)
         left[f"values {step}"] = values
     ppo.optimizer_step = real
     left |= {f"weight {name}": distributed.full_tensor(p) for p, name in names.items()}
@@ -77,31 +74,30 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
     """The real sampler beside the sharded trainer: agreement, staleness, who answers, who gets which tokens."""
     tokenizer, sampling = tiny.tokenizer(), Sampling(24)
     seen: dict[str, Any] = {}
-    engine = VllmSampler(
+    sampler = rollout.VllmSampler(
         str(model), [tokenizer.eos_token_id], "float32", 512, 64, 0.4, cfg.tensor_parallel
     )
     policy = load_policy(str(model))
 
     def sampled(stream: str) -> list[rollout.Rollout]:
-        mine = rollout.sample_responses(engine, tokenizer, sums()[:7], 3, sampling, stream)
+        mine = rollout.sample_responses(sampler, tokenizer, sums()[:7], 3, sampling, stream)
         seen.setdefault("shares", distributed.all_gather_objects(len(mine)))
         return rollout.gather_rollouts(mine)
 
     def refused(rollouts: list[rollout.Rollout]) -> list[bool]:
         try:
-            train.check_sampler_matches_policy(cfg, policy, rollouts)
+            train.require_same_logprobs(cfg, policy, rollouts)
         except RuntimeError:
             return distributed.all_gather_objects(True)
         return distributed.all_gather_objects(False)
 
     def update(rollouts: list[rollout.Rollout], step: int) -> float:
-        A = torch.cat(
-            [torch.full((len(r.token_ids),), len(r.token_ids) % 2 - 0.5) for r in rollouts]
-        )
-        return train.update_policy(cfg, policy, None, optimizer, rollouts, A, step)["logp_gap"]
+        lengths = [len(r.token_ids) for r in rollouts]
+        advantages = torch.cat([torch.full((n,), n % 2 - 0.5) for n in lengths])
+        return train.update_policy(cfg, models, rollouts, advantages, step)["logp_gap"]
 
-    optimizer = ppo.adamw(list(policy.parameters()))
-    rollout.sync_weights(engine, policy)
+    models = train.Models(policy, ppo.adamw(list(policy.parameters())), None, None, None)
+    rollout.sync_weights(sampler, policy)
     first = sampled("0/0")
     same = distributed.all_gather_objects([r.token_ids for r in first])
     seen |= {"before": gap(policy, first), "refused in step": refused(first), "ids": same[0]}
@@ -115,18 +111,18 @@ def engines(out: Path, model: Path, cfg: Config) -> None:
         "refused stale": refused(stale),
         "logp_gap stale": update(stale, 1),
     }
-    rollout.sync_weights(engine, policy)
+    rollout.sync_weights(sampler, policy)
     after = sampled("0/2")
     seen |= {"after": gap(policy, after), "refused after": refused(after)}
     if (
         distributed.rank() == distributed.world_size() - 1 and cfg.tensor_parallel == 1
-    ):  # one engine goes astray
+    ):  # one sampler goes astray
         wrong = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
-        engine.load_weights((name, 1.1 * weight) for name, weight in wrong.items())
+        sampler.load_weights((name, 1.1 * weight) for name, weight in wrong.items())
     seen["refused one astray"] = refused(sampled("0/3"))
     if distributed.rank() == 0:
         (out / "seen.json").write_text(json.dumps(seen))
-    engine.close()
+    sampler.close()
 
 
 def together(out: Path, model: Path, cfg: Config) -> None:

@@ -22,15 +22,14 @@ import checkpoint
 import data
 import ppo
 import train
-from checkpoint import Checkpoints, by_step, find, tensors
-from config import Config, parse
+from checkpoint import Checkpoints, by_step, find_checkpoint, named_tensors
+from config import Config, Sampling, parse
 from critic import Critic, load_critic
 from data import Problem
-from hf_sampler import Sampling, VllmSampler
 from packing import forward_all_tokens
 from policy import load_policy
 from preflight import prepare
-from rollout import Rollout, read, sample, write
+from rollout import Rollout, VllmSampler, load_rollouts, sample_responses, save_rollouts
 
 STEPS = 4
 
@@ -130,14 +129,14 @@ def test_a_truncated_checkpoint_is_passed_over(
 ) -> None:
     file = next((copy / "checkpoints" / "step-4").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
-    found = find("auto", copy)
+    found = find_checkpoint("auto", copy)
     assert found.path.name == "step-3"
     assert "step-4 is damaged" in capsys.readouterr().out
     assert "is damaged: __0_0.distcp has" in refusal(
         flags, "--name", "x", "--resume", str(file.parent)
     )
     (copy / "checkpoints" / "step-3" / "run.json").unlink()
-    assert find("auto", copy).path.name == "step-2"
+    assert find_checkpoint("auto", copy).path.name == "step-2"
     assert "no complete checkpoint" in refusal(
         flags, "--name", "x", "--resume", str(copy / "checkpoints" / "step-3")
     )
@@ -180,19 +179,19 @@ def test_the_loop_goes_on_while_a_copy_is_written(
     """What is on the disk is the state at the call, whatever has been trained since."""
     real, model = checkpoint.dcp.save, trained(model_folder)
     monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: (time.sleep(1), real(*a, **k)))
-    before = {name: t.clone() for name, t in tensors(model).items()}
+    before = {name: t.clone() for name, t in named_tensors(model).items()}
     with Checkpoints(tmp_path, Config(checkpoint_every=1), model) as saver:
         start = time.perf_counter()
         saver.step(1, False, [])
         assert time.perf_counter() - start < 0.9
         with torch.no_grad():
-            for t in tensors(model).values():
+            for t in named_tensors(model).values():
                 t.add_(1)
         assert not by_step(tmp_path)
         saver.finish()
     fresh = trained(model_folder)
-    checkpoint.load(checkpoint.read(tmp_path / "step-1"), fresh)
-    assert all(torch.equal(t, before[name]) for name, t in tensors(fresh).items())
+    checkpoint.load_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-1"), fresh)
+    assert all(torch.equal(t, before[name]) for name, t in named_tensors(fresh).items())
 
 
 def test_a_full_disk_is_said_and_the_older_checkpoint_stays(
@@ -216,7 +215,7 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(
         assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
         saver.step(3, False, [])  # room again
         saver.finish()
-    assert checkpoint.read(tmp_path / "step-3").about["step"] == 3
+    assert checkpoint.read_checkpoint(tmp_path / "step-3").about["step"] == 3
 
 
 def test_replay_trains_the_same_without_a_sampler(
@@ -233,14 +232,14 @@ def test_replay_trains_the_same_without_a_sampler(
 def test_rollouts_come_back_from_their_file(tmp_path: Path, problems: list[Problem]) -> None:
     rollouts = random_rollouts(problems, 100, [3, 1, 5])
     rollouts[1].reward, rollouts[1].logprobs, rollouts[1].text = 1.0, [-0.1], 'a "quoted"\nline ⟨'
-    write(tmp_path / "step-0.jsonl", rollouts)
-    assert [list(r.problem.prompt_ids) for r in read(tmp_path / "step-0.jsonl")] == [
+    save_rollouts(tmp_path / "step-0.jsonl", rollouts)
+    assert [list(r.problem.prompt_ids) for r in load_rollouts(tmp_path / "step-0.jsonl")] == [
         list(r.problem.prompt_ids) for r in rollouts
     ]
-    assert read(tmp_path / "step-0.jsonl") == rollouts
+    assert load_rollouts(tmp_path / "step-0.jsonl") == rollouts
     (tmp_path / "bad.jsonl").write_text('{"problem": "x"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl: line 1: not a saved rollout"):
-        read(tmp_path / "bad.jsonl")
+        load_rollouts(tmp_path / "bad.jsonl")
 
 
 def logprobs(model: torch.nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
@@ -254,9 +253,11 @@ def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
     model = trained(base)
     critic = load_critic(str(base))
     model["critic"] = (critic, ppo.adamw(list(critic.parameters())))
-    checkpoint.load(checkpoint.read(whole / "checkpoints" / f"step-{STEPS}"), model)
+    checkpoint.load_checkpoint(
+        checkpoint.read_checkpoint(whole / "checkpoints" / f"step-{STEPS}"), model
+    )
     policy = model["policy"][0]
-    rollouts = read(whole / "rollouts" / "step-3.jsonl")
+    rollouts = load_rollouts(whole / "rollouts" / "step-3.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     scorer = AutoModelForSequenceClassification.from_pretrained(
@@ -287,11 +288,11 @@ def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
 
 def test_vllm_loads_an_export(whole: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pytest.importorskip("vllm")
-    engine = VllmSampler(str(whole / "policy"), [tokenizer.eos_token_id], "float32", 512, 64, 0.4)
-    rollouts = sample(
-        engine,
+    sampler = VllmSampler(str(whole / "policy"), [tokenizer.eos_token_id], "float32", 512, 64, 0.4)
+    rollouts = sample_responses(
+        sampler,
         tokenizer,
-        [r.problem for r in read(whole / "rollouts" / "step-3.jsonl")][::4],
+        [r.problem for r in load_rollouts(whole / "rollouts" / "step-3.jsonl")][::4],
         3,
         Sampling(24),
         "0",

@@ -74,12 +74,22 @@ def test_world_size_changes_nothing(
     same_updates(tmp_path / "1", tmp_path / "many")
 
 
+@pytest.fixture
+def no_leftover_shared_memory() -> None:
+    """vLLM's CPU build does not remove the shared memory of a tensor-parallel engine, and cannot
+    create it again while it is there."""
+    for leftover in Path("/dev/shm").glob("*cpushm_*"):
+        leftover.unlink()
+
+
+@pytest.mark.usefixtures("no_leftover_shared_memory")
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_engines_beside_a_sharded_trainer(
+def test_samplers_beside_a_sharded_trainer(
     tmp_path: Path, model_folder: Path, tensor_parallel: int
 ) -> None:
-    """Two ranks, two engines or one. Log-probabilities agree before and after an update; stale engines are refused by all
-    ranks, also when only one of two is; every rank ends up with every response, whoever sampled it."""
+    """Two ranks, two samplers or one. Log-probabilities agree before and after an update. All ranks
+    refuse stale samplers, even when only one of two is stale. Every rank ends up with every
+    response, whoever sampled it."""
     pytest.importorskip("vllm")
     on(2, "engines", tmp_path, model_folder, tensor_parallel=tensor_parallel, policy_lr=1e-2)
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -107,15 +117,16 @@ def test_ranks_wait_for_a_late_one_and_stop_together(tmp_path: Path, model_folde
         on(2, "together", tmp_path, model_folder, timeout_minutes=0.03)
 
 
-def test_rows_of_ranks() -> None:
-    """Every sequence once, equally many rows on all ranks, near-equal tokens, also with fewer sequences than ranks."""
+def test_packs_of_ranks() -> None:
+    """Every sequence once, equally many packs on all ranks, near-equal tokens, also with fewer
+    sequences than ranks."""
     torch.manual_seed(0)
     inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
     for ranks in (1, 2, 4, 7):
-        rows = assign_packs(inputs, 1000, ranks)
-        assert len({len(own) for own in rows}) == 1
-        assert sorted(i for own in rows for row in own for i in row) == list(inputs)
-        assert all(sum(inputs[i] for i in row) <= 1000 for own in rows for row in own)
-        tokens = [sum(inputs[i] for row in own for i in row) for own in rows]
+        packs = assign_packs(inputs, 1000, ranks)
+        assert len({len(local_packs) for local_packs in packs}) == 1
+        assert sorted(i for local in packs for pack in local for i in pack) == list(inputs)
+        assert all(sum(inputs[i] for i in pack) <= 1000 for local in packs for pack in local)
+        tokens = [sum(inputs[i] for pack in local for i in pack) for local in packs]
         assert max(tokens) - min(tokens) <= 200
     assert assign_packs({4: 3}, 10, 3) == [[[4]], [[]], [[]]]

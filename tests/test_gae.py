@@ -153,12 +153,3 @@ def test_grpo_advantages_are_per_group_and_constant_along_a_response() -> None:
         torch.tensor([2, 3, 1, 1]),
     )
     assert grpo_advantages(R, groups, lengths).tolist() == [1, 1, -1, -1, -1, 0, 0]
-    assert grpo_advantages(R, groups, lengths, by_std=False).tolist() == [
-        0.5,
-        0.5,
-        -0.5,
-        -0.5,
-        -0.5,
-        0,
-        0,
-    ]

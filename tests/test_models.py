@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import critic
 import policy
-from checkpoint import export
+from checkpoint import export_model
 from data import Problem
 from distributed import Sharding
 from packing import micro_batches
@@ -183,7 +183,7 @@ def test_critic_folder_keeps_its_value_head(
 ) -> None:
     """An exported critic gives the same values again, here and as transformers' sequence classifier."""
     model = critic.load_critic(str(model_folder), "authors", seed=5)
-    export(model, tokenizer, tmp_path / "critic")
+    export_model(model, tokenizer, tmp_path / "critic")
     again = critic.load_critic(str(tmp_path / "critic"), "zeros")
     micro = one_row(problems, 100, [4, 9])
     assert torch.equal(model(micro), again(micro))

@@ -12,7 +12,7 @@ def test_on_policy_gradient_is_advantage_weighted_log_likelihood() -> None:
     """With π_old = π_θ the ratio is exactly 1, nothing is clipped and ∇L = −Σ Â_t ∇ log π."""
     logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     A = torch.tensor([0.3, -1.5, 2.0])
-    loss, clipped = ppo.policy_loss(logp, logp.detach(), A, eps=0.2)
+    loss, clipped = ppo.policy_loss(logp, logp.detach(), A, clip_eps=0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-0.8)
     assert torch.equal(logp.grad, -A)
@@ -33,7 +33,7 @@ def test_clipped_objective_case_by_case(
     ratio: float, A: float, expected: float, has_gradient: bool
 ) -> None:
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([A]), eps=0.2)
+    loss, clipped = ppo.policy_loss(logp, torch.zeros(1), torch.tensor([A]), clip_eps=0.2)
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     assert bool(logp.grad.abs().sum() > 0) == has_gradient == (not clipped.item())

@@ -8,23 +8,24 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import data
+from config import STOP, Sampling
 from data import Problem
-from hf_sampler import STOP, HFSampler, Sampling, VllmSampler, draw
+from hf_sampler import HFSampler, sample_token
 from packing import forward_all_tokens
 from policy import Policy, load_policy
-from rollout import Rollout, sample, sync
+from rollout import Rollout, VllmSampler, sample_responses, sync_weights
 from toy import tiny
 
-Engine = VllmSampler | HFSampler
+Sampler = VllmSampler | HFSampler
 SAMPLING = Sampling(max_tokens=40)
 
 
 OPEN: dict[
-    tuple[str, Path], Engine
-] = {}  # a vLLM engine that is dropped takes the process groups of the others along
+    tuple[str, Path], Sampler
+] = {}  # a vLLM sampler that is dropped takes the process groups of the others along
 
 
-def open_sampler(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def open_sampler(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     eos = [tokenizer.eos_token_id]
     if (kind, folder) in OPEN:
         return OPEN[kind, folder]
@@ -44,15 +45,15 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(kind: str, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def sampler(kind: str, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     return open_sampler(kind, model_folder, tokenizer)
 
 
 @pytest.fixture
-def policy(engine: Engine, model_folder: Path) -> Policy:
-    """The trainer's policy, with the engine in step with it."""
+def policy(sampler: Sampler, model_folder: Path) -> Policy:
+    """The trainer's policy, with the sampler in step with it."""
     policy = load_policy(str(model_folder))
-    sync(engine, policy)
+    sync_weights(sampler, policy)
     return policy
 
 
@@ -72,31 +73,31 @@ def perturb(policy: Policy, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree(
-    engine: Engine,
+    sampler: Sampler,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     temperature: float,
 ) -> None:
-    rollouts = sample(engine, tokenizer, problems, 4, Sampling(40, temperature), "0/0")
+    rollouts = sample_responses(sampler, tokenizer, problems, 4, Sampling(40, temperature), "0/0")
     assert [r.problem for r in rollouts] == [p for p in problems for _ in range(4)]
     assert all(len(r.token_ids) == len(r.logprobs) >= 1 for r in rollouts)
     assert gap(policy, rollouts, temperature) <= 1e-4
 
 
 def test_sampler_follows_the_new_weights(
-    engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+    sampler: Sampler, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
     perturb(policy)
-    stale = sample(engine, tokenizer, problems, 2, SAMPLING, "0/1")
+    stale = sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/1")
     assert gap(policy, stale) > 1e-2
-    sync(engine, policy)
-    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/1")) <= 1e-4
+    sync_weights(sampler, policy)
+    assert gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/1")) <= 1e-4
 
 
 def test_a_tied_head_must_be_passed_by_name(
     kind: str,
-    engine: Engine,
+    sampler: Sampler,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
@@ -105,73 +106,79 @@ def test_a_tied_head_must_be_passed_by_name(
     perturb(policy, seed=1)
     named = dict(policy.model.named_parameters())
     assert "lm_head.weight" not in named
-    engine.load_weights(named.items())
-    off = gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/2"))
+    sampler.load_weights(named.items())
+    off = gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/2"))
     assert off > 1e-2 if kind == "vllm" else off <= 1e-4  # in transformers the two are one tensor
-    sync(engine, policy)
-    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/2")) <= 1e-4
+    sync_weights(sampler, policy)
+    assert gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/2")) <= 1e-4
 
 
 def test_the_prefix_cache_must_not_outlive_the_weights(
-    engine: Engine,
+    sampler: Sampler,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Second silent failure: keys and values of long prompts, computed with the old weights, answer for the new ones."""
-    if not isinstance(engine, VllmSampler):
+    if not isinstance(sampler, VllmSampler):
         pytest.skip("only vLLM keeps prefixes between calls")
     ids = tokenizer.encode("+".join(str(1 + i % 9) for i in range(150)) + "=?")
     assert len(ids) > 256  # two blocks of the CPU build
     long = [Problem("long", "", "", tuple(ids))]
-    sample(engine, tokenizer, long, 2, SAMPLING, "0/3")
+    sample_responses(sampler, tokenizer, long, 2, SAMPLING, "0/3")
     perturb(policy, seed=2)
     with monkeypatch.context() as without:
-        without.setattr(engine.llm, "reset_prefix_cache", lambda: True)
-        sync(engine, policy)
-        assert gap(policy, sample(engine, tokenizer, long, 2, SAMPLING, "0/3")) > 1e-2
-    sync(engine, policy)
-    assert gap(policy, sample(engine, tokenizer, long, 2, SAMPLING, "0/3")) <= 1e-4
+        without.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
+        sync_weights(sampler, policy)
+        assert gap(policy, sample_responses(sampler, tokenizer, long, 2, SAMPLING, "0/3")) > 1e-2
+    sync_weights(sampler, policy)
+    assert gap(policy, sample_responses(sampler, tokenizer, long, 2, SAMPLING, "0/3")) <= 1e-4
 
 
 def test_a_sampler_with_other_weights_is_refused(
-    engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+    sampler: Sampler, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    """Third silent failure: an engine that takes the weights and does not use them. Only log-probabilities show it."""
+    """Third silent failure: an sampler that takes the weights and does not use them. Only log-probabilities show it."""
     from config import Config
-    from train import check_sampler_matches_policy
+    from train import require_same_logprobs
 
     cfg = Config(temperature=1.0)
-    check_sampler_matches_policy(
-        cfg, policy, sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    require_same_logprobs(
+        cfg, policy, sample_responses(sampler, tokenizer, problems[:4], 2, SAMPLING, "0/4")
     )
-    stale = sample(engine, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    stale = sample_responses(sampler, tokenizer, problems[:4], 2, SAMPLING, "0/4")
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="does not hold the policy's weights"):
-        check_sampler_matches_policy(cfg, policy, stale)
+        require_same_logprobs(cfg, policy, stale)
 
 
 def test_untied_models_sync(
     kind: str, untied_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    engine = open_sampler(kind, untied_folder, tokenizer)
+    sampler = open_sampler(kind, untied_folder, tokenizer)
     policy = load_policy(str(untied_folder))
     perturb(policy)
-    sync(engine, policy)
-    assert gap(policy, sample(engine, tokenizer, problems, 2, SAMPLING, "0/5")) <= 1e-4
+    sync_weights(sampler, policy)
+    assert gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/5")) <= 1e-4
 
 
 def test_same_seed_same_rollouts(
-    engine: Engine, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+    sampler: Sampler, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
     """Also when the rest of the batch is another: a response has a random stream of its own. Samples of a problem differ."""
-    first = [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
-    assert first == [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/0")]
-    assert first[:12] == [
-        r.token_ids for r in sample(engine, tokenizer, problems[:3], 4, SAMPLING, "7/0")
+    first = [
+        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/0")
     ]
-    assert first != [r.token_ids for r in sample(engine, tokenizer, problems, 4, SAMPLING, "7/1")]
+    assert first == [
+        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/0")
+    ]
+    assert first[:12] == [
+        r.token_ids for r in sample_responses(sampler, tokenizer, problems[:3], 4, SAMPLING, "7/0")
+    ]
+    assert first != [
+        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/1")
+    ]
     assert all(len({tuple(ids) for ids in first[i : i + 4]}) > 1 for i in range(0, len(first), 4))
 
 
@@ -180,8 +187,8 @@ def test_responses_end_where_they_should(
 ) -> None:
     """A response ends with the token that completes a stop string, with EOS, or at the limit; that last token is part of
     it; nothing follows it; text and ids say the same."""
-    engine = open_sampler(kind, base_folder, tokenizer)
-    rollouts = sample(engine, tokenizer, problems, 8, Sampling(24), "1/0")
+    sampler = open_sampler(kind, base_folder, tokenizer)
+    rollouts = sample_responses(sampler, tokenizer, problems, 8, Sampling(24), "1/0")
     kinds = set()
     for r in rollouts:
         assert r.text == tokenizer.decode(r.token_ids)
@@ -198,28 +205,31 @@ def test_responses_end_where_they_should(
     assert kinds == {"stop string", "eos", "length"}
 
 
-def test_draw_follows_the_distribution() -> None:
+def test_sampled_tokens_follow_the_distribution() -> None:
     """Frequencies match the softmax; top-p keeps the smallest set of at least that mass and renormalises its log-probs."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    token, logp = draw(logits.expand(len(u), -1), u, Sampling(1, temperature=0.5))
+    token, logp = sample_token(logits.expand(len(u), -1), u, Sampling(1, temperature=0.5))
     p = (logits / 0.5).softmax(0)
     torch.testing.assert_close(torch.bincount(token, minlength=4) / len(u), p, atol=1e-4, rtol=0)
     torch.testing.assert_close(logp, p.log()[token])
-    token, logp = draw(logits.expand(len(u), -1), u, Sampling(1, top_p=0.8))
+    token, logp = sample_token(logits.expand(len(u), -1), u, Sampling(1, top_p=0.8))
     q = logits[:2].softmax(0)  # 0.64 + 0.24 is the first sum ≥ 0.8
     assert token.max() == 1
     torch.testing.assert_close(logp, q.log()[token])
 
 
 def test_an_engine_leaves_generation_defaults_of_a_model_alone(
-    engine: Engine, model_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+    sampler: Sampler,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
 ) -> None:
     """T = 1 and top-p 1 mean the full distribution: the sampled log-probs average to minus the entropy."""
     plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     policy = load_policy(str(model_folder))
-    sync(engine, policy)
-    rollouts = sample(engine, tokenizer, problems[:1], 400, Sampling(1), "2/0")
+    sync_weights(sampler, policy)
+    rollouts = sample_responses(sampler, tokenizer, problems[:1], 400, Sampling(1), "2/0")
     logp = plain(torch.tensor([problems[0].prompt_ids])).logits[0, -1].log_softmax(-1).detach()
     p = logp.exp()
     entropy = float(-(p * logp).sum())

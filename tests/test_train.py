@@ -19,9 +19,9 @@ from transformers import (
 )
 
 import train
-from config import TINY, Config, check, parse
+from config import TINY, Config, parse
 from critic import load_critic
-from preflight import prepare
+from preflight import prepare, validate_settings
 from reports.log import RunLog
 from toy import tiny
 
@@ -291,7 +291,7 @@ def test_settings_that_cannot_work(
 ) -> None:
     monkeypatch.setattr("config.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        check(Config(**{"model": "tiny"} | changes))
+        validate_settings(Config(**{"model": "tiny"} | changes))
 
 
 def refusal(flags: list[str], *more: str) -> str:

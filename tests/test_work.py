@@ -32,7 +32,7 @@ class Work(NamedTuple):
     cfg: config.Config
     folder: Path
 
-    def preflight(self) -> int:
+    def inputs(self) -> int:
         """Input tokens that a pass over all sequences reads."""
         return sum(
             len(r.problem.prompt_ids) + len(r.token_ids) - 1 for step in self.rollouts for r in step
@@ -74,9 +74,11 @@ def counting(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
     around(policy.Policy, "forward", forward)
     around(critic.Critic, "forward", forward)
     around(pool.Grader, "_compare", lambda _, pairs: counts.update({"pairs compared": len(pairs)}))
-    around(hf_sampler, "draw", lambda logits, *_: counts.update({"tokens drawn": len(logits)}))
-    around(hf_sampler.HFSampler, "_generate", lambda *_: counts.update({"generations": 1}))
-    for name in ("predict", "update_critic", "update_policy"):
+    around(
+        hf_sampler, "sample_token", lambda logits, *_: counts.update({"tokens drawn": len(logits)})
+    )
+    around(hf_sampler.HFSampler, "_generate_batch", lambda *_: counts.update({"generations": 1}))
+    for name in ("predict_values", "update_critic", "update_policy"):
         counted_flops(counts, patch, name)
 
 
@@ -117,10 +119,8 @@ def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_every_token_is_read_as_often_as_it_must(work: Work) -> None:
     """One value pass, one policy pass and one critic pass with gradient; none for log-probabilities that are known."""
-    counts, check = (
-        work.counts,
-        4,
-    )  # responses that the check of the sampler asks for before the first step
+    counts = work.counts
+    check = 4  # responses that the check of the sampler asks for before the first step
     assert counts["tokens: Critic, without gradient"] == work.inputs()
     assert counts["tokens: Critic, with gradient"] == work.inputs()
     assert counts["tokens: Policy, with gradient"] == work.inputs()
@@ -145,7 +145,7 @@ def test_fourteen_operations_a_weight_and_token(work: Work) -> None:
     )  # without norms and biases
     body, value_head = matrices * work.inputs(), s.hidden * work.actions()
     counts = work.counts
-    assert counts["flops: predict"] == 2 * (body + value_head)
+    assert counts["flops: predict_values"] == 2 * (body + value_head)
     assert counts["flops: update_critic"] == 6 * (body + value_head)
     head = s.vocab * s.hidden * work.actions()
     assert counts["flops: update_policy"] == 6 * body + 8 * head
