@@ -1,29 +1,36 @@
-"""The paper's claims, the arms that test them, and the rule that decides. Written before the runs; docs/log.md has the dates.
+"""The paper's claims, the arms that test them, and the rule that decides. They are older than the
+runs; docs/log.md has the dates. Only a caveat may be younger.
 
-An arm is a run of train.py on the test bed (`--model tiny-long`) with one thing changed, once for each of SEEDS. A seed
-changes the base model, its problems and every draw of a run; the runs of two arms with the same seed are a pair.
+An arm is a set of runs of train.py on the test bed (`--model tiny-long`) with one thing changed,
+one run for each of SEEDS. A seed determines the base model, the problems and every sample of a run.
+Runs of two arms with the same seed are a pair.
 
-The rule. A comparison is decided by the mean of the paired differences d = first − second and its 95 % t-interval:
+The rule: a comparison is decided by the mean of the paired differences d = first − second and its
+95 % t-interval.
 
-    the paper says     reproduces                  does not                     not visible at this scale
-    more               the interval is above 0     the interval is below 0      else
-    alike              it lies within ±MARGIN      it lies outside ±MARGIN      else
+    the paper says   reproduces                 does not reproduce         otherwise
+    more             interval above 0           interval below 0           not visible at this scale
+    alike            interval within ±MARGIN    interval outside ±MARGIN   not visible at this scale
 
-A claim has the verdict of its primary comparisons: it reproduces if all of them do, and it does not if one of them does not.
-The intervals are not corrected for their number: of forty comparisons without any effect two would leave 0 out by chance.
-Accuracy is the share of right answers to 1,024 held-out problems, one response each, sampled as the arm samples in training.
+A claim reproduces if all its primary comparisons do. It does not reproduce if one of them does not.
+Otherwise it is inconclusive: not visible at this scale. The intervals are not corrected for their
+number: of forty comparisons without any effect, two would exclude 0 by chance.
+
+Accuracy is the share of right answers to 1,024 held-out problems, one response each, sampled with
+the temperature and top-p that the arm trains with.
 """
 
 from typing import NamedTuple
 
+MODEL = "tiny-long"
 SEEDS = (0, 1, 2, 3, 4)
 MARGIN = 0.05
-SWEEP_SEED, RATES = (
-    5,
-    ("2.5e-4", "5e-4", "1e-3"),
-)  # of the policy: every arm takes its best on this seed
+# Every arm takes the policy's learning rate that is best for it on a seed used for nothing else.
+SWEEP_SEED = 5
+RATES = ("2.5e-4", "5e-4", "1e-3")
 
-# Flags of train.py beyond --model tiny-long. Where there are none, experiments/run.py prepares or changes what the name says.
+# Flags of train.py beyond --model tiny-long. What the name of an arm says and no flag can do is in
+# experiments/variants.py.
 ARMS = {
     "default": "",
     "lam-0.95": "--lam 0.95",
@@ -57,7 +64,8 @@ ARMS = {
 
 
 class Comparison(NamedTuple):
-    """`first` against `second` in a metric of the held-out responses after training; `ARM@0` is an arm before it."""
+    """`first` against `second` in a metric of the held-out responses after the training. `ARM@0` is
+    an arm before its training."""
 
     first: str
     second: str
@@ -67,23 +75,26 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A sentence of the paper, where it stands, and what is compared."""
+    """A claim of the paper, where the paper makes it, and what is compared."""
 
     text: str
     place: str
     comparisons: tuple[Comparison, ...]
+    caveat: str = ""  # added after the runs
 
     def arms(self, primary: bool = False) -> list[str]:
-        """Its arms, the reference first; or those of its primary comparisons."""
-        compared = [c for c in self.comparisons if c.primary or not primary]
-        return list(
-            dict.fromkeys(arm.removesuffix("@0") for c in compared for arm in (c.first, c.second))
-        )
+        """Its arms, the reference first; with `primary`, those of its primary comparisons."""
+        arms = []
+        for comparison in self.comparisons:
+            if comparison.primary or not primary:
+                arms += [comparison.first, comparison.second]
+        return list(dict.fromkeys(arm.removesuffix("@0") for arm in arms))
 
 
 def _default(
     *arms: str, primary: bool = True, metric: str = "accuracy", paper: str = "more"
 ) -> tuple[Comparison, ...]:
+    """The default arm against each of `arms`."""
     return tuple(Comparison("default", arm, metric, paper, primary) for arm in arms)
 
 
@@ -99,7 +110,8 @@ CLAIMS = {
         (Comparison("default", "default@0", "format"),),
     ),
     "reflection": Claim(
-        "Reflection becomes more frequent, and correct reflecting responses are longer than the mean",
+        "Reflection becomes more frequent, "
+        "and correct reflecting responses are longer than the mean",
         "Fig. 6",
         (
             Comparison("default", "default@0", "reflection"),
@@ -137,6 +149,8 @@ CLAIMS = {
         "Temperature and top-p of the training hardly matter",
         "Fig. 14",
         _default("T-0.6", "T-1.2", "T-0.6-top-p-0.95", paper="alike"),
+        caveat="each arm is measured at its own temperature, so this says more about sampling "
+        "than about training",
     ),
     "grpo": Claim("PPO with a critic beats GRPO", "§2.2", _default("grpo")),
     "repetition": Claim(

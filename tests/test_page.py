@@ -1,6 +1,5 @@
 """reports/page.py: what the page holds, and, in a headless browser, what it shows and does."""
 
-import doctest
 import json
 import os
 import re
@@ -125,11 +124,6 @@ def data_of(path: Path) -> dict[str, Any]:
     """The data of a page, read as a browser does: up to the first end of a script element."""
     text = path.read_text().split('<script type="application/json" id="data">')[1]
     return json.loads(re.split("</script", text, flags=re.IGNORECASE)[0])
-
-
-def test_worked_examples() -> None:
-    assert doctest.testmod(page).attempted > 0
-    assert doctest.testmod(page).failed == 0
 
 
 def test_no_text_ends_the_data() -> None:
