@@ -25,7 +25,7 @@ class SamplingSettings:
     """How responses are sampled: the settings that all programs share."""
 
     seed: int = 0
-    """Every random stream of the run derives from it."""
+    """Every random stream of the run derives from it (and, for `tiny`, the base model)."""
     temperature: float = 1.0
     """Sampling temperature (§3.1)."""
     top_p: float = 1.0

@@ -1,11 +1,11 @@
-"""Open-Reasoner-Zero: vanilla PPO with a critic, GAE at γ = λ = 1 and a 0/1 reward, on a base
-model.
+"""Open-Reasoner-Zero: vanilla PPO with a critic, GAE at γ = λ = 1 and a 0/1 reward.
 
-    python train.py                                    the tiny model, on a laptop
-    torchrun --nproc-per-node 8 train.py --model Qwen2.5-7B --data orz_57k.json      the paper's 7B
+    python train.py                                              the tiny model, on a laptop
+    torchrun --nproc-per-node 8 train.py --model Qwen2.5-7B --data orz_math_57k_collected.json
 
-Trains --model on --data and writes runs/<name>/: metrics, transcripts, checkpoints, figures, and
-the trained policy and critic as Hugging Face folders. The defaults are the paper's settings.
+Trains the base model --model on the problems of --data and writes runs/<name>/: metrics,
+transcripts, checkpoints, figures, and the trained policy and critic as Hugging Face folders. The
+defaults are the paper's settings.
 """
 
 import math

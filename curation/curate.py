@@ -301,7 +301,7 @@ def find_bad_golds(rows: Sequence[Row], grader: Grader, progress: Progress) -> l
     removed = []
     chunks = [rows[start : start + 100] for start in range(0, len(rows), 100)]
     for chunk in progress.track(chunks, description="golds, hundreds"):
-        usable = grader.check_golds([row.answer for row in chunk])
+        usable = grader.are_gradable([row.answer for row in chunk])
         removed += [
             Removal(row, "gold", "not parsed, or not equal to itself")
             for row, is_usable in zip(chunk, usable, strict=True)

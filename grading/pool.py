@@ -172,8 +172,6 @@ class Grader:
         verdicts = self._compare(list(dict.fromkeys(pair for pair in pairs if pair[0])))
         return [bool(verdicts.get(pair)) for pair in pairs]
 
-    check_golds = are_gradable
-
     def _compare(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
         """The verdict on each of these different pairs, from memory or from a worker."""
         with self._lock:

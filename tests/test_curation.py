@@ -591,7 +591,7 @@ def test_generated_tasks_are_different_repeatable_and_graded_honestly(
     assert made == list(synthetic.tasks(f"{name}:4", seed=1))
     questions, answers = [task[1] for task in made], [task[2] for task in made]
     assert len(set(questions)) == 4
-    assert all(grader.check_golds(answers))
+    assert all(grader.are_gradable(answers))
     wrong = [
         (gold, other)
         for gold in answers
