@@ -1,1 +1,1 @@
-"""The paper's claims put to a model of 0.1 million parameters."""
+"""The paper's claims, tested on a model of 0.1 million parameters."""
