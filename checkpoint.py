@@ -1,10 +1,9 @@
 """Checkpoints that are complete or absent, resuming, and export to Hugging Face folders.
 
-runs/<name>/checkpoints/step-20/   __*.distcp, .metadata    weights and AdamW moments in shards
-(DCP)
-                                   run.json                 settings, model, lengths of the run's
-                                                            records, file sizes
-                        step-40.tmp/                        unfinished or abandoned: never loaded
+runs/<name>/checkpoints/step-20/      __*.distcp, .metadata    weights and AdamW moments (DCP)
+                                      run.json                 settings, model, file sizes, lengths
+                                                               of the run's records
+                        step-40.tmp/  unfinished or abandoned: never loaded
 
 Nothing else needs saving. Random streams, the order of problems and learning rates are functions of
 (seed, step). DCP is torch's format of distributed checkpoints.

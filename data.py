@@ -1,7 +1,6 @@
 """Problems, the prompt template, and a seeded order that needs no state.
 
-file or hub ──load──▶ [Problem] ──tokenize──▶ [Problem with prompt_ids] ──take(step)──▶ P problems
-of this step
+file or hub ──load──▶ [Problem] ──tokenize──▶ [Problem with prompt_ids] ──take──▶ a step's problems
 """
 
 import random

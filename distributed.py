@@ -167,14 +167,16 @@ def load_pretrained(auto_class: Any, path: str, **settings: Any) -> PreTrainedMo
 def apply_fsdp(
     module: torch.nn.Module, sharding: Sharding, head: torch.nn.Module | None = None
 ) -> None:
-    """FSDP2: each rank keeps 1/shards of every parameter of `module` (a policy or critic). A
-    decoder layer is gathered when it computes and freed afterwards. Without a process group the
-    module stays whole.
+    """Put `module` (a policy or critic) where and how it trains: FSDP2 over the ranks, and the
+    compilation, activation checkpointing and offloading that `sharding` asks for.
 
-    Weights, gradients and their sums are float32; on GPUs the gathered layers compute in bfloat16.
-    What is in no decoder layer forms one group with the root, tied embedding and head included.
-    `head`, if given, is a group of its own that computes in float32 (the value head).
+    Each rank keeps 1/shards of every parameter. A decoder layer is gathered when it computes and
+    freed afterwards. Weights, gradients and their sums are float32; on GPUs the gathered layers
+    compute in bfloat16. Embedding, final norm and vocabulary head are one group, at the root.
+    `head`, if given, is a group of its own that computes in float32 (the value head). Without a
+    process group the module stays whole.
     """
+    # transformers lists here the classes of a model that must stay whole: its decoder layers.
     layer_names = module.model._no_split_modules or ()
     layers = [m for m in module.modules() if type(m).__name__ in layer_names]
     for layer in layers:

@@ -42,7 +42,7 @@ from data import Problem
 from grading import sandbox
 from grading.pool import Grader
 from hf_sampler import HFSampler
-from reports.metrics import describe, mean, summary
+from reports.metrics import mean, rollout_metrics, summary
 from reward import score
 from rollout import (
     Rollout,
@@ -357,7 +357,7 @@ def grade_recorded(cfg: Evaluation, grader: Grader) -> Table:
 
 
 def _recorded_cells(rollouts: Sequence[Rollout], labels: Sequence[float]) -> list[str]:
-    metrics = describe(rollouts)
+    metrics = rollout_metrics(rollouts)
     rewards = [r.reward for r in rollouts]
     labelled = [(R, y) for R, y in zip(rewards, labels, strict=True) if not math.isnan(y)]
     accuracy = mean([label for _, label in labelled])

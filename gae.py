@@ -16,9 +16,10 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages Â_t and value targets G_t of every response token (§2.1).
 
-    The paper writes Â_t = Σ_k (γλ)^k δ_{t+k}, that is Â_t = δ_t + γλ Â_{t+1}, with the one-step
-    error δ_t = r_t + γ V(s_{t+1}) − V(s_t). This function computes the same quantity through the
-    λ-return G_t, which is also the value target:
+    The code computes the targets G_t from the last token backwards, then Â_t = G_t − V(s_t); there
+    is no delta in it, although the result is that of the paper's recursion. The paper writes
+    Â_t = Σ_k (γλ)^k δ_{t+k}, that is Â_t = δ_t + γλ Â_{t+1}, with the one-step error
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t). Through the λ-return G_t, the value target, it reads
 
         G_t = r_t + γ [ (1 − λ) V(s_{t+1}) + λ G_{t+1} ],     Â_t = G_t − V(s_t)
 
@@ -58,10 +59,10 @@ def gae(
     r, v = rewards.float(), values.float()
     targets = torch.empty_like(v)
     last = lengths.cumsum(0) - 1  # (B,) flat index of each response's last token
-    # All responses at once, from their last tokens towards their first.
-    for back in range(int(lengths.max())):
-        t = (last - back)[lengths > back]
-        if back == 0:
+    # All responses at once: first their last tokens, then those one before, and so on.
+    for distance in range(int(lengths.max())):
+        t = (last - distance)[lengths > distance]  # flat indices of the tokens at this distance
+        if distance == 0:
             targets[t] = r[t]
         else:
             targets[t] = r[t] + gamma * ((1 - lam) * v[t + 1] + lam * targets[t + 1])
@@ -80,7 +81,7 @@ def normalize_advantages(advantages: Tensor, eps: float = 1e-8) -> Tensor:
     """Batch-level advantage normalization (§3.1): (Â − mean) / std over all N response tokens of
     the step.
 
-    The variance is the population's and is kept ≥ eps, so that a batch of equal advantages gives
+    std² = max(variance, eps), with the population's variance: a batch of equal advantages gives
     zeros instead of NaN. Value targets are never normalized.
 
     >>> normalize_advantages(torch.tensor([1.0, 2.0, 3.0]))

@@ -18,27 +18,28 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Clipped policy objective, Eq. 1 with the sign of a loss:
 
-        L = − Σ_t min( ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t ),    ρ_t = π_θ(a_t|s_t) /
-        π_old(a_t|s_t)
+        L = − Σ_t min( ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t )
+        ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)    (the probability ratio)
 
     The paper takes one policy step per rollout, so π_old *is* π_θ and ρ_t = 1: pass `logp.detach()`
     as logp_old, and the gradient is −Σ Â_t ∇ log π_θ(a_t|s_t). No entropy bonus, no KL.
 
     | symbol | shape | meaning |
     |---|---|---|
-    | logp log π_θ(a_t\\|s_t) | (n,) | current policy, with gradient |
-    | logp_old log π_old(a_t\\|s_t) | (n,) | policy that the update started from, no gradient |
+    | logp = log π_θ(a_t given s_t) | (n,) | current policy, with gradient |
+    | logp_old = log π_old | (n,) | policy that the update started from, no gradient |
     | advantages Â_t | (n,) | normalized, no gradient |
-    | → loss, clipped | scalar, (n,) | Σ_t; bool, where the clip took the gradient away |
+    | → loss, was_clipped | scalar, (n,) | Σ_t; bool, where the clip took the gradient away |
 
     >>> logp, logp_old = torch.tensor([0.0, 0.5]), torch.zeros(2)
     >>> policy_loss(logp, logp_old, advantages=torch.ones(2))[0]  # −(1 + 1.2)
     tensor(-2.2000)
     """
     ratio = (logp - logp_old).exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return -torch.minimum(unclipped, clipped).sum(), clipped < unclipped
+    objective = ratio * advantages
+    clipped_objective = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    was_clipped = clipped_objective < objective
+    return -torch.minimum(objective, clipped_objective).sum(), was_clipped
 
 
 def value_loss(
@@ -64,9 +65,9 @@ def kl(logp: Tensor, logp_ref: Tensor, estimator: str = "k3") -> Tensor:
     """Per-token estimate of KL(π ‖ π_ref) from tokens sampled from π, with d = log π − log π_ref;
     all shapes are (n,):
 
-        k1 = d          unbiased, can be negative
-        k2 = ½ d²       biased, ≥ 0, low variance
-        k3 = e^{−d} − 1 + d   unbiased, ≥ 0
+        k1 = d                  unbiased, can be negative
+        k2 = ½ d²               biased, ≥ 0, low variance
+        k3 = e^{−d} − 1 + d     unbiased, ≥ 0
 
     Only the ablations of Fig. 8 use it; the recipe has no KL and loads no reference model.
 

@@ -42,15 +42,19 @@ def score(
 
 def _grade(rollouts: list[Rollout], grader: Grader) -> list[float]:
     """1 for each right answer, else 0; sets `answer` and `timeout`."""
-    programming = [r for r in rollouts if r.problem.tests]
-    compared = [r for r in rollouts if not r.problem.tests]
-    grades = grader.grade([r.text for r in compared], [r.problem.answer for r in compared])
-    for r, grade in zip(compared, grades, strict=True):
-        r.answer = grade.answer
-        r.timeout = grade.timeout
-    points = iter([grade.reward for grade in grades])
-    program_points = iter(_run_programs(programming))
-    return [next(program_points if r.problem.tests else points) for r in rollouts]
+    points = [0.0] * len(rollouts)
+    compared = [i for i, r in enumerate(rollouts) if not r.problem.tests]
+    texts = [rollouts[i].text for i in compared]
+    golds = [rollouts[i].problem.answer for i in compared]
+    for i, grade in zip(compared, grader.grade(texts, golds), strict=True):
+        rollouts[i].answer = grade.answer
+        rollouts[i].timeout = grade.timeout
+        points[i] = grade.reward
+    programs = [i for i, r in enumerate(rollouts) if r.problem.tests]
+    passed = _run_programs([rollouts[i] for i in programs])
+    for i, value in zip(programs, passed, strict=True):
+        points[i] = value
+    return points
 
 
 def _run_programs(rollouts: list[Rollout]) -> list[float]:

@@ -57,23 +57,24 @@ def sample_responses(
     problems: Sequence[Problem],
     samples: int,
     sampling: Sampling,
-    seed: str,
+    stream: str,
     first_problem: int = 0,
 ) -> list[Rollout]:
     """This rank's share of `samples` responses to each problem; `gather_rollouts` joins the shares.
 
     Responses go to the samplers in turn, so that every sampler gets a part of each problem's: the
     expected number of tokens is then the same for all. Response i to problem p has a random stream
-    of its own, derived from (seed, p, i): neither the number of samplers nor the batch matters, and
-    a resumed run samples it again. `first_problem` is the number of the first problem where these
-    are a part of a longer list. Of the ranks that share a sampler, the first returns the responses.
+    of its own, derived from (stream, p, i): neither the number of samplers nor the batch matters,
+    and a resumed run samples it again. `first_problem` is the number of the first problem where
+    these are a part of a longer list. Of the ranks that share a sampler, the first returns the
+    responses.
     """
     num_samplers = distributed.world_size() // sampler.num_ranks
     sampler_number = distributed.rank() // sampler.num_ranks
     total = len(problems) * samples
     share = [divmod(k, samples) for k in range(sampler_number, total, num_samplers)]
     prompts = [problems[p].prompt_ids for p, _ in share]
-    seeds = [stream_seed(f"{seed}/{first_problem + p}", i) for p, i in share]
+    seeds = [stream_seed(f"{stream}/{first_problem + p}", i) for p, i in share]
     responses = sampler.generate(prompts, seeds, sampling)
     if distributed.rank() % sampler.num_ranks:
         return []
@@ -90,7 +91,8 @@ def stream_seed(name: str, sample: int) -> int:
 
 
 def gather_rollouts(local_rollouts: list[Rollout]) -> list[Rollout]:
-    """The responses of all ranks, problem by problem, on every rank."""
+    """The responses of all ranks, problem by problem, on every rank: `sample_responses` gave
+    response k to sampler k mod n. Ranks that share a sampler have no share of their own."""
     shares = [share for share in distributed.all_gather_objects(local_rollouts) if share]
     total = sum(map(len, shares))
     return [shares[k % len(shares)][k // len(shares)] for k in range(total)]
@@ -102,9 +104,11 @@ def gather_rollouts(local_rollouts: list[Rollout]) -> list[Rollout]:
 class VllmSampler:
     """vLLM as a library inside this process, one engine for every `tensor_parallel` ranks.
 
-    `sync_weights` reaches it through `reload_weights`, on GPUs and on vLLM's CPU build alike. On a
-    GPU it sleeps while models train: weights and key-value cache are dropped and come back empty,
-    so that only `sync_weights` can wake it.
+    generate → sleep → (models train) → load_weights → generate → …
+
+    On a GPU it sleeps while models train: weights and key-value cache are dropped and come back
+    empty, so that only `sync_weights`, below, can wake it. Weights arrive through vLLM's own
+    `reload_weights`, on GPUs and on its CPU build alike.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class VllmSampler:
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=memory,
             enforce_eager=not on_gpu,
-            # A prompt read in pieces rewinds its random stream, which vLLM can do on a GPU only.
+            # After reading a prompt in pieces vLLM resets its random stream: on GPUs only.
             enable_chunked_prefill=on_gpu,
             max_num_batched_tokens=max(max_len, 8192),
             enable_prefix_caching=True,
@@ -168,7 +172,7 @@ class VllmSampler:
                 include_stop_str_in_output=True,
                 stop_token_ids=self.eos,
                 skip_special_tokens=False,
-                logprobs=0,
+                logprobs=0,  # no candidates beside the sampled token
             )
             for seed in seeds
         ]

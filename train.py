@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 train.py --model Qwen2.5-7B --data orz_math_57k_collected.json
 
 Trains the base model --model on the problems of --data and writes runs/<name>/: metrics,
-transcripts, checkpoints, figures, and the trained policy and critic as Hugging Face folders. The
-defaults are the paper's settings.
+transcripts, checkpoints, figures, and the trained policy and critic as Hugging Face folders. A
+Qwen2.5 model has the paper's settings by default, the tiny model its own.
 """
 
 import math
@@ -34,7 +34,7 @@ from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
 from preflight import Inputs, prepare
 from reports.log import RunLog, draw_run
-from reports.metrics import describe, explained_variance, heldout_metrics, mean
+from reports.metrics import explained_variance, heldout_metrics, mean, rollout_metrics
 from rollout import (
     Rollout,
     VllmSampler,
@@ -67,7 +67,7 @@ class Models(NamedTuple):
 
 def train(cfg: Config, inputs: Inputs) -> Path:
     """Train, evaluate and export; returns the run folder. Every rank runs this."""
-    sampler = None if cfg.replay else start_sampler(cfg, inputs)
+    sampler = None if cfg.replay else start_sampler(cfg, inputs)  # --replay samples nothing
     models = load_models(cfg, inputs.model_path)
     policy, critic = models.policy, models.critic
     first_step = load_checkpoint(inputs.resume_from, models.trained())
@@ -75,13 +75,13 @@ def train(cfg: Config, inputs: Inputs) -> Path:
         check_sampler_matches_policy(cfg, inputs, sampler, policy)
     log = RunLog(Path(cfg.runs) / cfg.name, cfg, inputs.resume_from)
     checkpoints = Checkpoints(log.folder / "checkpoints", cfg, models.trained(), first_step)
-    on_device = partial(distributed.on_device, cfg.offload)  # the rest of the time in host memory
+    on_device = partial(distributed.on_device, cfg.offload)  # with --offload: else in host memory
     with inputs.grader, log, checkpoints:
         if inputs.resume_from is None:
             evaluate_heldout(cfg, inputs, sampler, log, 0)
         for step in range(first_step, cfg.steps):
             rollouts = collect_rollouts(cfg, inputs, sampler, log, step)  # a_t and R
-            metrics = describe(rollouts)
+            metrics = rollout_metrics(rollouts)
             with log.dump_rollouts_on_nan(step, rollouts):
                 if critic:
                     with log.phase("values"), on_device(critic):
@@ -92,7 +92,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
                 else:  # GRPO, the paper's comparison
                     values = None
                     advantages = compute_group_advantages(cfg, rollouts)
-                advantages = normalize_advantages(advantages)  # §3.1
+                advantages = normalize_advantages(advantages)  # §3.1; with GRPO, too
                 with log.phase("policy"), on_device(policy, models.policy_optimizer):
                     metrics |= update_policy(cfg, models, rollouts, advantages, step)
             if sampler:
@@ -101,7 +101,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
             log.step(step, metrics, rollouts, inputs.tokenizer, values, advantages)
             evaluate_heldout(cfg, inputs, sampler, log, step + 1)
             with log.aside("checkpoint"):
-                checkpoints.step(step + 1, step + 1 == cfg.steps, log.records)
+                checkpoints.step(step + 1, last=step + 1 == cfg.steps, records=log.records)
         log.print_before_after()
     save_models(cfg, models, inputs, log.folder)
     if sampler:
@@ -113,7 +113,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
 
 
 def start_sampler(cfg: Config, inputs: Inputs) -> Sampler:
-    """The sampler, asleep until it gets the policy's weights."""
+    """The sampler; on a GPU vLLM sleeps until it gets the policy's weights."""
     return open_sampler(cfg, inputs.model_path, inputs.tokenizer, inputs.eos, asleep=True)
 
 
@@ -221,12 +221,15 @@ def update_critic(
     targets: Tensor,
     step: int,
 ) -> dict[str, float]:
-    """Eq. 2: one optimizer step on each of 12 mini-batches that together use every response once
-    (§3.1). The loss is the mean over the response tokens of the mini-batch, over all its packs and
-    ranks."""
+    """Eq. 2: one optimizer step on each of --critic-steps mini-batches (§3.1: 12) that together use
+    every response once.
+
+    The denominator of the loss is global: `num_tokens` counts the response tokens of the whole
+    mini-batch, on all ranks, since every rank knows every rollout. A rank adds the gradients of its
+    packs, and FSDP sums them over ranks (distributed.apply_fsdp).
+    """
     lengths = [len(r.token_ids) for r in rollouts]
     losses, norms = [], []
-    lr = 0.0
     batches = mini_batches(lengths, cfg.critic_steps, f"{cfg.seed}/{step}")
     for k, members in enumerate(batches):
         num_tokens = sum(lengths[i] for i in members)
@@ -257,9 +260,9 @@ def update_policy(
     many mini-batches.
 
     The paper's expectation E[Σ_t …] over responses became a mean over the response tokens of the
-    update, as in the authors' code: every token weighs alike, and a long response weighs more than
-    a short one. On-policy, π_old is the policy itself, so its log-probabilities are the current
-    ones, detached: no extra forward pass.
+    mini-batch, as in the authors' code: every token weighs alike, and a long response weighs more
+    than a short one. The denominator is global, as in `update_critic`. On-policy, π_old is the
+    policy itself, so its log-probabilities are the current ones, detached: no extra forward pass.
     """
     lengths = [len(r.token_ids) for r in rollouts]
     logp_sampler = sampler_logprobs(rollouts)
@@ -268,7 +271,6 @@ def update_policy(
         logp_old = compute_logprobs(cfg, models.policy, rollouts)
     totals = PolicyTotals(advantages.device)
     norms = []
-    lr = 0.0
     batches = mini_batches(lengths, cfg.policy_steps, f"{cfg.seed}/{step}")
     for k, members in enumerate(batches):
         num_tokens = sum(lengths[i] for i in members)

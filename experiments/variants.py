@@ -25,7 +25,7 @@ from gae import normalize_advantages
 from packing import MicroBatch, micro_batches, mini_batches
 from preflight import Inputs, prepare
 from reports.log import RunLog
-from reports.metrics import describe, explained_variance, mean
+from reports.metrics import rollout_metrics, explained_variance, mean
 from rollout import Rollout, sync_weights
 from toy import tiny
 from train import Models, PolicyTotals, Sampler
@@ -137,7 +137,7 @@ def train_variant(
         train.evaluate_heldout(cfg, inputs, sampler, log, 0)
         for step in range(cfg.steps):
             rollouts = collect_rollouts(cfg, inputs, sampler, log, step)
-            metrics = describe(rollouts)
+            metrics = rollout_metrics(rollouts)
             with log.phase("values"):
                 values = train.predict_values(cfg, models.critic, rollouts)
                 advantages, targets = train.compute_advantages(cfg, models, rollouts, values)

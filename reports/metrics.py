@@ -48,7 +48,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Every per-response metric of a set of graded rollouts; each mean weighs responses equally.
 
     | name | meaning |
@@ -81,19 +81,20 @@ def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def heldout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """What `describe` has, over all held-out responses; with several sets also "reward/<set>", the
-    mean reward of each. A problem's set is what stands before the colon of its source."""
+    """What `rollout_metrics` has, over all held-out responses; with several sets also
+    "reward/<set>", the mean reward of each. A problem's set is what stands before the colon of its
+    source."""
     sets = defaultdict(list)
     for r in rollouts:
         sets[r.problem.source.rpartition(":")[0]].append(r.reward)
-    metrics = describe(rollouts)
+    metrics = rollout_metrics(rollouts)
     if len(sets) > 1:
         metrics |= {f"reward/{name}": mean(rewards) for name, rewards in sets.items()}
     return metrics
 
 
 def summary(rollouts: Sequence[Rollout], equal: Equal) -> dict[str, float]:
-    """What a table of results shows of one benchmark, with everything that `describe` has.
+    """What a table of results shows of one benchmark, with everything that `rollout_metrics` has.
 
     | name | meaning |
     |---|---|
@@ -108,7 +109,7 @@ def summary(rollouts: Sequence[Rollout], equal: Equal) -> dict[str, float]:
     samples = min(map(len, groups.values()))
     low, high = interval([mean([r.reward for r in group]) for group in groups.values()])
     table = {"problems": len(groups), "samples": samples, "low": low, "high": high}
-    table |= describe(rollouts)
+    table |= rollout_metrics(rollouts)
     right = [(len(group), sum(r.reward > 0 for r in group)) for group in groups.values()]
     for k in sorted({*(2**i for i in range(samples.bit_length())), samples}):
         table[f"pass@{k}"] = mean([pass_at(k, n, c) for n, c in right])

@@ -46,11 +46,11 @@ def test_describe() -> None:
         Rollout(b, [1] * 20, [], "length", " however,", reward=0.0),
         Rollout(b, [1] * 4, [], "stop", good, reward=0.0, timeout=True),
     ]
-    assert metrics.describe(rollouts) == {
+    assert metrics.rollout_metrics(rollouts) == {
         "reward": 0.5, "length": 16.0, "format": 0.75, "reflection": 0.5, "correct_length": 20.0,
         "correct_reflection_length": 30.0, "truncated": 0.25, "pass_at_n": 0.5, "timeout": 0.25,
     }  # fmt: skip
-    assert math.isnan(metrics.describe(rollouts[2:])["correct_length"])
+    assert math.isnan(metrics.rollout_metrics(rollouts[2:])["correct_length"])
 
 
 def test_explained_variance() -> None:

@@ -23,7 +23,7 @@ from curation.curate import Recipe
 from evaluate import Evaluation
 from experiments.claims import CLAIMS
 from preflight import prepare
-from reports.metrics import describe
+from reports.metrics import rollout_metrics
 from rollout import Rollout
 from tools import plan
 from tools.ask import Question
@@ -386,7 +386,7 @@ def test_metric_glossary_is_complete(
     written = set().union(*map(json.loads, (folder / "metrics.jsonl").open()))
     assert {"explained_variance", "kl", "policy_loss", "critic_lr", "seconds_sample"} <= written
     problem = prepare(parse([*flags, "--overwrite"])).problems[0]
-    written |= set(describe([Rollout(problem, [0], [0.0], "stop", "")]))
+    written |= set(rollout_metrics([Rollout(problem, [0], [0.0], "stop", "")]))
     stages = {key for key in written if key.startswith("seconds_")}
     assert written - stages == glossary() - {"seconds_*"}
 
