@@ -1,11 +1,35 @@
 """Every setting of a run, with its meaning and its source; the command line is made from it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import tyro
+
+
+class Range(NamedTuple):
+    """The values that a numeric setting may have: finite, from `low` to `high`; with `above`, `low`
+    itself is excluded. It stands in the type of the setting's field."""
+
+    low: float
+    high: float
+    above: bool = False
+
+
+LARGE = 10**9  # above this a setting is a typing error, and some libraries overflow
+Count = Annotated[int, Range(1, LARGE)]
+CountOrNone = Annotated[int, Range(0, LARGE)]  # 0: off
+Processes = Annotated[int, Range(1, 1024)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]  # what torch takes
+Positive = Annotated[float, Range(0, LARGE, above=True)]
+NotNegative = Annotated[float, Range(0, LARGE)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
+Temperature = Annotated[float, Range(0.01, 100)]  # below, vLLM samples at 0.01
+Seconds = Annotated[float, Range(0, 24 * 3600, above=True)]
+Minutes = Annotated[float, Range(0, 365 * 24 * 60, above=True)]
 
 STOP = ("User:", "Human:", "Assistant:", "</answer>")  # §3.1; a response is over after </answer>
 
@@ -24,13 +48,13 @@ class Sampling:
 class SamplingSettings:
     """How responses are sampled: the settings that all programs share."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Every random stream of the run derives from it (and, for `tiny`, the base model)."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature (§3.1)."""
-    top_p: float = 1.0
+    top_p: PositiveShare = 1.0
     """Nucleus sampling mass (§3.1)."""
-    response_tokens: int = 8000
+    response_tokens: Count = 8000
     """Longest response; one that reaches it is truncated and gets reward 0 (authors' code: 8,000;
     32B: 16k context)."""
     template: Literal["authors", "paper"] = "authors"
@@ -49,7 +73,7 @@ class SamplingSettings:
 class BatchSettings(SamplingSettings):
     """How many responses are sampled and graded at once: shared by train.py and evaluate.py."""
 
-    prompt_tokens: int = 2048
+    prompt_tokens: Count = 2048
     """Longest prompt; a longer one is an error and is never cut (authors' code: 2,048, cut)."""
     drop_bad_rows: bool = False
     """Leave out problems whose gold answer cannot be parsed or whose prompt is too long, instead of
@@ -57,22 +81,22 @@ class BatchSettings(SamplingSettings):
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples: vLLM in this process, or transformers with a key-value cache. auto: vLLM where
     there are a GPU and vLLM, otherwise transformers."""
-    max_num_seqs: int = 256
+    max_num_seqs: Count = 256
     """Sequences that the sampler decodes at once."""
-    vllm_memory: float = 0.4
+    vllm_memory: PositiveShare = 0.4
     """Share of the GPU's memory that vLLM may take."""
-    tensor_parallel: int = 1
+    tensor_parallel: Count = 1
     """Ranks that share one vLLM engine."""
     require_boxed: bool = False
     """Accept only answers in \\boxed{} inside the answer tags, as the authors' code does."""
-    grader_workers: int = 2
+    grader_workers: Processes = 2
     """Processes that grade."""
-    grader_seconds: float = 3.0
+    grader_seconds: Seconds = 3.0
     """Deadline per answer; an answer that takes longer counts as wrong and as a timeout."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads of this process; 0: torch's choice. One thread suits small matrices and leaves a
     core to the grader."""
-    timeout_minutes: float = 120.0
+    timeout_minutes: Minutes = 120.0
     """How long a rank waits for the others before it ends the run."""
 
 
@@ -97,71 +121,71 @@ class Config(BatchSettings):
     overwrite: bool = False
     """Replace the run folder if it already holds a run."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Iterations of rollout and update. (The 32B run took 1,100, then 100 of annealing.)"""
-    prompts: int = 128
+    prompts: Count = 128
     """Problems per iteration (§3.1)."""
-    samples: int = 64
+    samples: Count = 64
     """Responses per problem (§3.1)."""
 
     advantage: Literal["gae", "grpo"] = "gae"
     """gae: PPO with a critic, the paper's method. grpo: group-normalized rewards and no critic, its
     comparison."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount γ of GAE (§3.1; §3.3 shows why)."""
-    lam: float = 1.0
+    lam: Share = 1.0
     """λ of GAE (§3.1; Fig. 7)."""
-    clip_eps: float = 0.2
+    clip_eps: Positive = 0.2
     """Clip range ε of Eq. 1; without effect on a strictly on-policy step."""
-    policy_steps: int = 1
+    policy_steps: Count = 1
     """Policy optimizer steps per iteration; 1 is strictly on-policy (§3.1; Fig. 12 has 8)."""
-    critic_steps: int = 12
+    critic_steps: Count = 12
     """Critic optimizer steps per iteration, each on its own mini-batch (§3.1)."""
-    policy_lr: float = 1e-6
+    policy_lr: PositiveShare = 1e-6
     """Learning rate of the policy (§3.1)."""
-    critic_lr: float = 5e-6
+    critic_lr: PositiveShare = 5e-6
     """Learning rate of the critic (§3.1)."""
-    policy_lr_warmup: int = 50
+    policy_lr_warmup: CountOrNone = 50
     """Policy optimizer steps of linear learning-rate warm-up (§3.1)."""
-    critic_lr_warmup: int = 50
+    critic_lr_warmup: CountOrNone = 50
     """Critic optimizer steps of linear learning-rate warm-up (§3.1)."""
-    anneal_steps: int = 0
+    anneal_steps: CountOrNone = 0
     """Anneal the policy's learning rate linearly over this many policy steps (the paper's last
     stage: 100); 0: constant."""
-    anneal_to: float = 3e-7
+    anneal_to: Share = 3e-7
     """Learning rate at the end of annealing (§3.1)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """The gradient norm is clipped to it, for policy and critic separately (authors' code)."""
-    value_clip: float = 0.0
+    value_clip: NotNegative = 0.0
     """0: the paper's squared error (Eq. 2); 0.2: the authors' clipped error."""
     value_head: Literal["authors", "paper", "zeros"] = "authors"
     """Initial value head: N(0, 1/(d+1)²), the paper's printed U(−√5, √5), or 0."""
-    kl_loss: float = 0.0
+    kl_loss: NotNegative = 0.0
     """Coefficient of a KL loss to the base model (the ablation of Fig. 8; the recipe has none)."""
-    kl_reward: float = 0.0
+    kl_reward: NotNegative = 0.0
     """Coefficient β of a KL penalty in the reward (the ablation of Fig. 8; the recipe has none)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of both KL terms."""
-    tis_cap: float = 0.0
+    tis_cap: NotNegative = 0.0
     """Cap of truncated importance sampling, which corrects for sampler-trainer mismatch; 0: off, as
     in the paper."""
 
     reward: str = ""
     """A reward of your own, module:function of (response, problem); none: the paper's, 1 for the
     right answer, else 0."""
-    eval_every: int = 0
+    eval_every: CountOrNone = 0
     """Evaluate every so many iterations; 0: only before and after the training."""
-    eval_samples: int = 1
+    eval_samples: Count = 1
     """Responses per held-out problem (the paper's tables: 16)."""
-    micro_tokens: int = 16384
+    micro_tokens: Count = 16384
     """Input tokens of a packed micro-batch; changes memory, not results (authors' packing length at
     7B)."""
-    max_logp_gap: float = 0.1
+    max_logp_gap: NotNegative = 0.1
     """Refuse to start when sampler and trainer differ by more nats per token on average: the
     sampler is wrong."""
-    keep_rollouts: int = 16
+    keep_rollouts: CountOrNone = 16
     """Responses of each iteration that are written to rollouts.jsonl."""
-    keep_tokens: int = 4
+    keep_tokens: CountOrNone = 4
     """How many of these keep V(s_t), Â_t and the log-probability of every token; the run's page
     colors them."""
 
@@ -175,12 +199,12 @@ class Config(BatchSettings):
     """Compile the decoder layers of policy and critic (GPUs; a CPU needs a C++ compiler)."""
     offload: bool = False
     """Hold policy, critic and their optimizers in host memory except in their own phases (GPUs)."""
-    replicas: int = 1
+    replicas: Count = 1
     """Copies of the sharded models: each is sharded over ranks / replicas ranks, in rank order.
     With as many replicas as nodes, only gradients cross between nodes (hybrid sharding)."""
-    checkpoint_every: int = 20
+    checkpoint_every: CountOrNone = 20
     """Iterations between checkpoints; 0: none, except after a SIGTERM or SIGINT."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep."""
     resume: str = ""
     """auto: continue from the newest complete checkpoint of this run, if there is one; or a
@@ -191,9 +215,9 @@ class Config(BatchSettings):
     """Train on the rollouts that --save-rollouts left in this folder; nothing is sampled."""
     plan: bool = False
     """Print memory and time of the run on --gpus GPUs of --gpu-memory GB, and stop."""
-    gpus: int = 8
+    gpus: CountOrNone = 8
     """Number of GPUs that --plan assumes."""
-    gpu_memory: float = 80.0
+    gpu_memory: Positive = 80.0
     """Memory of one GPU in GB that --plan assumes."""
 
     @property
@@ -244,16 +268,44 @@ def parse(argv: Sequence[str], description: str = "") -> Config:
     return replace(cfg, model=hub_id(cfg.model), name=name)
 
 
+def validate_ranges(settings: Any) -> None:
+    """Refuse numbers that a setting of any program cannot have: ValueError with flag and value."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        allowed = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)]
+        if allowed:
+            value = getattr(settings, name)
+            why = _outside(value, hint.__origin__, allowed[0])
+            if why:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")
+
+
+def _outside(value: float, kind: type, allowed: Range) -> str:
+    """Why a value is not allowed; "" if it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    if not math.isfinite(value):
+        return "must be a finite number"
+    if kind is int and not isinstance(value, int):
+        return "must be a whole number"
+    if value < allowed.low or (allowed.above and value == allowed.low):
+        if allowed.above or (kind is int and allowed.low == 1):
+            return "must be above 0"
+        return "must not be negative" if allowed.low == 0 else f"must be at least {allowed.low}"
+    return "" if value <= allowed.high else f"must not be above {allowed.high}"
+
+
 def hub_id(model: str) -> str:
     """A bare size such as Qwen2.5-7B as its hub id; anything else unchanged."""
     return f"Qwen/{model}" if model in QWEN else model
 
 
 def _flag(argv: Sequence[str], name: str) -> str:
-    """The value that a flag has on the command line, "" if it is not there."""
+    """The value that a flag has on the command line, the last if it is there several times, as in
+    tyro; "" if it is not there."""
+    value = ""
     for i, arg in enumerate(argv):
         if arg == f"--{name}":
-            return argv[i + 1] if i + 1 < len(argv) else ""
-        if arg.startswith(f"--{name}="):
-            return arg.split("=", 1)[1]
-    return ""
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        elif arg.startswith(f"--{name}="):
+            value = arg.split("=", 1)[1]
+    return value

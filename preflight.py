@@ -1,7 +1,7 @@
 """Everything that is refused before a weight is loaded, and what a run needs besides weights."""
 
+import math
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +15,14 @@ import checkpoint
 import data
 import distributed
 from checkpoint import Checkpoint
-from config import Config
+from config import Config, validate_ranges
 from critic import value_head
 from curation import formats
 from data import Problem
 from grading.pool import Grader
 from reports.log import prepare_folder
 from reward import load_custom_reward, score
-from rollout import Rollout
+from rollout import Rollout, load_rollouts
 from toy import tiny
 
 
@@ -74,43 +74,70 @@ def prepare(cfg: Config) -> Inputs:
 
 # ── settings ──────────────────────────────────────────────────────────────────────────────────────
 
-POSITIVE = """
-    steps prompts samples prompt_tokens response_tokens temperature top_p policy_steps critic_steps
-    policy_lr critic_lr max_grad_norm grader_workers grader_seconds eval_samples micro_tokens
-    max_num_seqs replicas tensor_parallel timeout_minutes keep_checkpoints gpus gpu_memory
-""".split()
-
 
 def validate_settings(cfg: Config) -> None:
-    """Refuse settings that cannot work: ValueError with the flag, its value and what to change."""
-
-    def require(condition: bool, name: str, why: str) -> None:
-        if not condition:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
-
-    for name in POSITIVE:
-        require(getattr(cfg, name) > 0, name, "must be above 0")
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        negative = isinstance(value, int | float) and value < 0
-        require(not negative, field.name, "must not be negative")
-    for name in ("gamma", "lam", "top_p"):
-        require(getattr(cfg, name) <= 1, name, "must not be above 1")
-    responses = cfg.prompts * cfg.samples
-    few = f"{cfg.prompts} prompts × {cfg.samples} samples are only {responses} responses"
-    for name in ("policy_steps", "critic_steps"):
-        require(getattr(cfg, name) <= responses, name, f"{few}; lower it or raise those")
-    if cfg.advantage == "grpo":
-        why = "--advantage grpo compares the samples of a problem; it needs at least 2"
-        require(cfg.samples > 1, "samples", why)
-    longest = cfg.prompt_tokens + cfg.response_tokens
-    parts = f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
-    require(cfg.micro_tokens >= longest, "micro_tokens", f"cannot hold one sequence of {parts}")
+    """Refuse settings that cannot work or that would have no effect: ValueError with the flag, its
+    value and what to change."""
+    validate_numbers(cfg)
     ranks = distributed.world_size()
     for name in ("replicas", "tensor_parallel"):
         why = f"does not divide the {ranks} ranks; start with torchrun"
-        require(ranks % getattr(cfg, name) == 0, name, why)
+        _require(ranks % getattr(cfg, name) == 0, cfg, name, why)
+    _validate_effects(cfg)
     _validate_choices(cfg)
+
+
+def validate_numbers(cfg: Config) -> None:
+    """Refuse numbers that are out of range or that do not go together; --plan calls this, too."""
+    validate_ranges(cfg)
+    responses = cfg.prompts * cfg.samples
+    few = f"{cfg.prompts} prompts × {cfg.samples} samples are only {responses} responses"
+    for role in cfg.trained_roles:
+        name = f"{role}_steps"
+        _require(getattr(cfg, name) <= responses, cfg, name, f"{few}; lower it or raise those")
+    if cfg.advantage == "grpo":
+        why = "--advantage grpo compares the samples of a problem; it needs at least 2"
+        _require(cfg.samples > 1, cfg, "samples", why)
+    longest = cfg.prompt_tokens + cfg.response_tokens
+    parts = f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
+    why = f"cannot hold one sequence of {parts}"
+    _require(cfg.micro_tokens >= longest, cfg, "micro_tokens", why)
+
+
+def _require(condition: bool, cfg: Config, name: str, why: str) -> None:
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
+
+
+# Without a critic, GAE or the reward that it spreads over the tokens, these change nothing.
+NEEDS_CRITIC = ("gamma", "lam", "kl_reward", "value_clip", "value_head", "init_critic")
+
+
+def _validate_effects(cfg: Config) -> None:
+    """Refuse settings that a user would believe in and that change nothing beside the others.
+
+    The number and the learning rate of the critic's steps are accepted without a critic: two runs
+    that compare GRPO with GAE may share them.
+    """
+    default = Config()
+    if cfg.advantage == "grpo":
+        for name in NEEDS_CRITIC:
+            why = (
+                "has no effect with --advantage grpo, which has no critic and no GAE; leave it out"
+            )
+            if name == "kl_reward":
+                why += ", or use --kl-loss"
+            _require(getattr(cfg, name) == getattr(default, name), cfg, name, why)
+    if not cfg.anneal_steps:
+        why = "has no effect without --anneal-steps"
+        _require(cfg.anneal_to == default.anneal_to, cfg, "anneal_to", why)
+    if not (cfg.kl_loss or cfg.kl_reward):
+        why = "has no effect without --kl-loss or --kl-reward"
+        _require(cfg.kl_estimator == default.kl_estimator, cfg, "kl_estimator", why)
+    if not (cfg.eval_data or cfg.model in tiny.TASKS):
+        for name in ("eval_every", "eval_samples"):
+            why = "has no effect without --eval-data"
+            _require(getattr(cfg, name) == getattr(default, name), cfg, name, why)
 
 
 def _validate_choices(cfg: Config) -> None:
@@ -121,16 +148,15 @@ def _validate_choices(cfg: Config) -> None:
         )
     if cfg.overwrite and cfg.resume:
         raise ValueError("--overwrite would remove what --resume goes on from; pass one of them")
-    if cfg.replay:
-        for step in range(cfg.steps):
-            if not (Path(cfg.replay) / f"step-{step}.jsonl").is_file():
-                raise ValueError(
-                    f"--replay {cfg.replay}: has no step-{step}.jsonl; lower --steps or save more"
-                )
     if cfg.model not in tiny.TASKS and not (cfg.data or cfg.replay):
         raise ValueError(
             "--data is missing: JSON in the authors' form, or JSONL with question and answer"
         )
+    for step in range(cfg.steps if cfg.replay else 0):
+        if not (Path(cfg.replay) / f"step-{step}.jsonl").is_file():
+            raise ValueError(
+                f"--replay {cfg.replay}: has no step-{step}.jsonl; lower --steps or save more"
+            )
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -148,6 +174,7 @@ def _read_files(cfg: Config, grader: Grader) -> _Files:
         eval_sources = eval_sources or (str(folder / "heldout.json"),)
     tokenizer = _check_model_files(cfg, model_path, resume_from)
     if cfg.replay:
+        _check_replay(cfg, tokenizer)
         return _Files(model_path, [], [], resume_from)
     problems = _read_problems(cfg, tokenizer, grader, train_source)
     eval_problems = []
@@ -206,6 +233,47 @@ def _read_problems(
         problems, tokenizer, cfg.prompt_tokens, template, drop=cfg.drop_bad_rows
     )
     return problems if cfg.reward else _gradable(problems, grader, cfg.drop_bad_rows)
+
+
+def _check_replay(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for rollouts that `cfg` cannot train on: damaged ones, fewer than an update
+    has steps, or, for GRPO, groups of --samples that answer different problems."""
+    for step in range(cfg.steps):
+        path = Path(cfg.replay) / f"step-{step}.jsonl"
+        try:
+            rollouts = load_rollouts(path)
+        except (TypeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not saved rollouts ({error})") from None
+        for number, r in enumerate(rollouts, 1):
+            why = _unusable(r, cfg.micro_tokens, len(tokenizer))
+            if why:
+                raise ValueError(f"{path}: line {number}: {why}")
+        for role in cfg.trained_roles:
+            few = f"{path} holds only {len(rollouts)} rollouts; lower it"
+            _require(getattr(cfg, f"{role}_steps") <= len(rollouts), cfg, f"{role}_steps", few)
+        asked = [(r.problem.source, r.problem.question) for r in rollouts]
+        groups = [set(asked[i : i + cfg.samples]) for i in range(0, len(asked), cfg.samples)]
+        whole = len(asked) % cfg.samples == 0 and all(len(group) == 1 for group in groups)
+        why = f"{path} was sampled with another number of responses per problem"
+        _require(whole or cfg.advantage != "grpo", cfg, "samples", why)
+
+
+def _unusable(r: Rollout, micro_tokens: int, vocabulary: int) -> str:
+    """Why a saved rollout cannot be trained on; "" if it can."""
+    ids = [*r.problem.prompt_ids, *r.token_ids]
+    if not (r.problem.prompt_ids and r.token_ids):
+        return "has no prompt_ids or no ids"
+    if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        return f"has an id that is not one of the tokenizer's {vocabulary}"
+    if len(r.logprobs) != len(r.token_ids) or not all(map(_is_finite, [r.reward, *r.logprobs])):
+        return "reward and logprobs must be finite numbers, one log-probability for each id"
+    if len(ids) > micro_tokens:
+        return f"has {len(ids)} tokens, over --micro-tokens {micro_tokens}"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Problem]:
