@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -58,7 +58,7 @@ def prepare(cfg: Config) -> Inputs:
     grader = Grader(0 if cfg.reward else cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     custom_reward = load_custom_reward(cfg.reward)
     files = distributed.on_rank0(lambda: _read_files(cfg, grader))
-    tokenizer = AutoTokenizer.from_pretrained(files.model_path)
+    tokenizer = load_tokenizer(files.model_path)
     tokenizer.chat_template = data.chat_template(tokenizer, data.TEMPLATES[cfg.template])
     return Inputs(
         model_path=files.model_path,
@@ -208,13 +208,8 @@ def _check_model_files(
     if resume_from:
         checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
     if cfg.init_critic:
-        head = value_head(cfg.init_critic)
-        if head is None or head.numel() != config.hidden_size:
-            holds = "no value head" if head is None else f"a value head of {head.numel()} numbers"
-            raise ValueError(
-                f"--init-critic {cfg.init_critic}: holds {holds}; expected {config.hidden_size}"
-            )
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+        _check_init_critic(cfg.init_critic, config)
+    tokenizer = load_tokenizer(model_path)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"--model {model_path}: its tokenizer has {len(tokenizer)} tokens, the model "
@@ -222,6 +217,23 @@ def _check_model_files(
         )
     validate_length(cfg.prompt_tokens + cfg.response_tokens, config, model_path)
     return tokenizer
+
+
+def _check_init_critic(path: str, policy_config: Any) -> None:
+    """Raise ValueError unless `path` holds a critic of the policy's architecture and vocabulary."""
+    head = _stored_value_head("--init-critic", path)
+    size = policy_config.hidden_size
+    if head is None or head.numel() != size:
+        holds = "no value head" if head is None else f"a value head of {head.numel()} numbers"
+        raise ValueError(f"--init-critic {path}: holds {holds}; expected {size}")
+    config = _read_config("--init-critic", path)
+    for name in ("model_type", "vocab_size"):
+        found, wanted = getattr(config, name, None), getattr(policy_config, name, None)
+        if found != wanted:
+            raise ValueError(
+                f"--init-critic {path}: its {name} is {found}, the policy's is {wanted}; their "
+                "tokens would differ"
+            )
 
 
 def _read_problems(
@@ -312,18 +324,47 @@ def validate_length(longest: int, config: Any, path: str) -> None:
 
 def model_config(path: str) -> Any:
     """The configuration of a causal language model. Raises ValueError for anything else."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(
-            f"--model {path}: not a folder or hub id with a readable model ({why})"
-        ) from None
+    config = _read_config("--model", path)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise ValueError(
             f"--model {path}: a {config.model_type} model is not a causal language model"
         )
+    classes = " ".join(config.architectures or ())
+    if "Classification" in classes or _stored_value_head("--model", path) is not None:
+        raise ValueError(f"--model {path}: a critic or classifier, not a language model")
     return config
+
+
+def _read_config(flag: str, path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        raise ValueError(
+            f"{flag} {path}: not a folder or hub id with a readable model ({_first_line(error)})"
+        ) from None
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ValueError with one line if it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise ValueError(
+            f"--model {path}: its tokenizer cannot be read ({_first_line(error)})"
+        ) from None
+
+
+def _stored_value_head(flag: str, path: str) -> Any:
+    try:
+        return value_head(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{flag} {path}: its weights cannot be read ({_first_line(error)})"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
