@@ -1,32 +1,64 @@
-"""Log-probabilities of sampled tokens at a real vocabulary, forward and backward: time, memory and error on a CPU.
+"""Measure time, memory and error of log-probabilities at a real vocabulary, on a CPU.
 
     python -m benchmarks.logprob [--rounds 2]
 
-`policy.TokenLogProbs` (which also gives the entropy) beside what one would write first (logits, float32, log_softmax,
-gather) and `torch.nn.functional.linear_cross_entropy` in chunks of 256 tokens. Every measurement is a process of its own
-with one thread; they take turns, and the table has medians. Seconds are those of a second call; GB is what its peak is
-above the inputs, gradients included; error is the largest |log p − log p in float64| of 256 of the tokens, from the same
-inputs. Linux.
+Compares three methods, forward and backward, for sampled tokens and 151,936 words:
+
+| method | what it does |
+|---|---|
+| ours | `policy.TokenLogProbs`, which also returns the entropy |
+| naive | logits, float32, log_softmax, gather |
+| linear_cross_entropy | `torch.nn.functional.linear_cross_entropy` in chunks of 256 tokens |
+
+Each measurement runs in a new process with one thread. Methods take turns, and the table has
+medians. Seconds are those of a second call. GB is the peak above the inputs, gradients included.
+The error is the largest difference to the log-probabilities in float64 of the same inputs, over 256
+of the tokens. Linux only.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
-from benchmarks.record import record
+from benchmarks.record import Row, record
 from policy import TokenLogProbs
 
 V = 151_936
-CASES = [(2048, 256, "float32"), (4096, 256, "float32"), (2048, 256, "bfloat16")]  # n, H
+CHECKED = 256  # tokens whose error is measured
+Figures = dict[str, float]  # column → figure
+
+
+class Case(NamedTuple):
+    """Sizes and type of the inputs."""
+
+    n: int  # tokens
+    H: int
+    dtype: str
+
+
+CASES = [Case(2048, 256, "float32"), Case(4096, 256, "float32"), Case(2048, 256, "bfloat16")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark."""
+
+    rounds: int = 2
+    """Number of measurements of each method."""
+
+
+# ── the methods ───────────────────────────────────────────────────────────────────────────────────
 
 
 def ours(h: Tensor, W: Tensor, actions: Tensor) -> Tensor:
@@ -49,20 +81,14 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
-    """Seconds of a forward and a backward pass, GB on top of the inputs, error in nats."""
+# ── one measurement ───────────────────────────────────────────────────────────────────────────────
+
+
+def measure(method: str, case: Case) -> Figures:
+    """Seconds of a forward and a backward pass, GB above the inputs, error in nats."""
     torch.set_num_threads(1)
-    random = torch.Generator().manual_seed(0)
-    h, W = (torch.randn(*shape, generator=random) for shape in ((n, H), (V, H)))
-    h, W = (
-        (x * scale).to(getattr(torch, dtype)).requires_grad_()
-        for x, scale in ((h, 1.0), (W, 2 / H**0.5))
-    )
-    actions = torch.multinomial(
-        (h[:1].detach().float() @ W.detach().float().T).softmax(-1), n, True, generator=random
-    )[0]
-    g = torch.randn(n, generator=random)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    h, W, actions, g = random_inputs(case)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = memory("VmRSS")
     for _ in range(2):
         h.grad = W.grad = None
@@ -71,59 +97,77 @@ def measure(method: str, n: int, H: int, dtype: str) -> dict[str, float]:
         middle = time.perf_counter()
         logp.backward(g)
         end = time.perf_counter()
-    grown = (memory("VmHWM") - before) / 1e9
-    with torch.no_grad():
-        logits = h[:256].double() @ W.double().T
-        exact = logits.gather(-1, actions[:256, None]).squeeze(-1) - logits.logsumexp(-1)
-        error = float((logp[:256] - exact).abs().max())
+    peak = memory("VmHWM")
     return {
         "forward s": middle - start,
         "backward s": end - middle,
         "sum s": end - start,
-        "GB": grown,
-        "error": error,
+        "GB": (peak - before) / 1e9,
+        "error": largest_error(logp, h, W, actions),
     }
 
 
-def memory(what: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+def random_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h (n, H), W (V, H), actions (n,), and the gradient of their log-probabilities (n,)."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    h = torch.randn(case.n, case.H, generator=generator).to(dtype).requires_grad_()
+    W = torch.randn(V, case.H, generator=generator) * (2 / case.H**0.5)
+    W = W.to(dtype).requires_grad_()
+    p = (h[:1].detach().float() @ W.detach().float().T).softmax(-1)
+    actions = torch.multinomial(p, case.n, replacement=True, generator=generator)[0]
+    g = torch.randn(case.n, generator=generator)
+    return h, W, actions, g
+
+
+@torch.no_grad()
+def largest_error(logp: Tensor, h: Tensor, W: Tensor, actions: Tensor) -> float:
+    """Largest |log p − log p in float64| of the first tokens."""
+    logits = h[:CHECKED].double() @ W.double().T
+    exact = logits.gather(-1, actions[:CHECKED, None]).squeeze(-1) - logits.logsumexp(-1)
+    return float((logp[:CHECKED] - exact).abs().max())
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS is what it holds now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+# ── all measurements ──────────────────────────────────────────────────────────────────────────────
+
+
+def measure_in_new_process(method: str, case: Case) -> Figures:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, method, case).result()
+
+
+def table(found: dict[tuple[Case, str], list[Figures]]) -> list[Row]:
+    """Medians, and the time as a multiple of the naive method's."""
+    medians = {
+        key: {column: statistics.median(one[column] for one in runs) for column in runs[0]}
+        for key, runs in found.items()
+    }
+    rows: list[Row] = []
+    for (case, method), figures in medians.items():
+        labels = {"tokens × H": f"{case.n:,} × {case.H}", "inputs": case.dtype, "method": method}
+        times = figures["sum s"] / medians[case, "naive"]["sum s"]
+        rows.append(labels | figures | {"times naive": times})
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--one", nargs=4, metavar=("METHOD", "N", "H", "DTYPE"), help="one measurement, as JSON"
-    )
-    args = parser.parse_args()
-    if args.one:
-        method, n, H, dtype = args.one
-        print(json.dumps(measure(method, int(n), int(H), dtype)))
-        return
-    found: dict[tuple, list[dict[str, float]]] = {}
-    for _ in range(args.rounds):
-        for case in CASES:
-            for method in METHODS:
-                command = [sys.executable, __file__, "--one", method, *map(str, case)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found.setdefault((*case, method), []).append(json.loads(done.stdout))
-                print(*case, method, done.stdout.strip(), file=sys.stderr)
-    rows = []
-    for (n, H, dtype, method), runs in found.items():
-        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        reference = statistics.median(run["sum s"] for run in found[n, H, dtype, "naive"])
-        rows.append({"tokens × H": f"{n:,} × {H}", "inputs": dtype, "way": method, **median})
-        rows[-1] |= {"times naive": median["sum s"] / reference}
-    record(
-        "logprob",
-        f"Log-probabilities at {V:,} words",
-        rows,
-        [f"Medians of {args.rounds} processes; one thread."],
-    )
+    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.logprob")
+    found: dict[tuple[Case, str], list[Figures]] = {
+        (case, method): [] for case in CASES for method in METHODS
+    }
+    for _ in range(cfg.rounds):
+        for (case, method), runs in found.items():
+            figures = measure_in_new_process(method, case)
+            runs.append(figures)
+            print(*case, method, figures, file=sys.stderr)
+    note = f"Medians of {cfg.rounds} processes; one thread."
+    record("logprob", f"Log-probabilities at {V:,} words", table(found), [note])
 
 
 if __name__ == "__main__":
