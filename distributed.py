@@ -13,7 +13,7 @@ ranks, of losses divided by global token counts, so that world size changes noth
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -31,23 +31,25 @@ from transformers.initialization import no_init_weights
 
 T = TypeVar("T")
 _started = False
+_group: dict[str, Any] = {}  # arguments of init_process_group, but for the store's prefix
+_joins = 0  # how often this process has made its group
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def start(timeout_minutes: float) -> None:
-    """Join the process group that torchrun prepared; on a GPU without torchrun, make one of a
-    single rank.
+def start(timeout_minutes: float, alone: bool = True) -> None:
+    """Join the process group that torchrun prepared; with `alone`, on a GPU without torchrun, make
+    one of a single rank (FSDP needs one).
 
     A rank may wait `timeout_minutes` for another one that still samples or grades. Objects and
     checkpoints go over gloo, tensors of GPUs over nccl.
     """
     global _started
     on_gpu = torch.cuda.is_available()
-    if on_gpu and "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    if on_gpu and alone and "RANK" not in os.environ:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single | {"MASTER_PORT": str(_free_port())})
     if "RANK" not in os.environ:
         return
     if on_gpu:
@@ -56,10 +58,33 @@ def start(timeout_minutes: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "cpu:gloo"
     limit = timedelta(minutes=timeout_minutes)
     store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
-    # When torchrun restarts ranks, its store still holds the addresses of those that are gone.
-    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=ranks, timeout=limit)
+    _group.update(backend=backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    _join()
     _started = True
+
+
+def _join() -> None:
+    """Make the process group. The store may still hold the addresses of an earlier one (of ranks
+    that torchrun has restarted, or of these ranks before `rejoin`), so each has its own prefix."""
+    global _joins
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"{restarts}/{_joins}", _group["store"])
+    dist.init_process_group(**_group | {"store": store})
+    _joins += 1
+
+
+def rejoin() -> None:
+    """Make the ranks' process group again if it is gone: vLLM destroys all groups when it shuts
+    down. Every rank calls it. Groups made from the old one (of sharded models, of checkpoints) stay
+    gone."""
+    if _started and not dist.is_initialized():
+        _join()
+
+
+def timeout() -> timedelta | None:
+    """How long a rank waits for the others: for groups that are made beside the ranks' own, since
+    torch does not pass it on. None without a process group."""
+    return _group.get("timeout")
 
 
 def started() -> bool:
@@ -151,17 +176,48 @@ class Sharding(NamedTuple):
     compile: bool = False
 
 
-def load_pretrained(auto_class: Any, path: str, **settings: Any) -> PreTrainedModel:
-    """`auto_class.from_pretrained(path)` in float32 with packed attention, on rank 0. On the other
+def load_pretrained(
+    model_class: Any, path: str, other_head: Sequence[str] = (), **settings: Any
+) -> PreTrainedModel:
+    """`model_class.from_pretrained(path)` in float32 with packed attention, on rank 0. On the other
     ranks the same model, whose memory is reserved and never touched until `apply_fsdp` fills it:
-    only rank 0 ever holds a whole model. `settings` go into the model's configuration."""
+    only rank 0 ever holds a whole model. `settings` go into the model's configuration.
+
+    Raises ValueError, on all ranks, when the folder's weights are not the model's. Only weights of
+    the modules named `other_head` may be missing or left over.
+    """
     how = {"dtype": torch.float32, "attn_implementation": "packed"}
+    loaded = []
+
+    def load() -> None:
+        lenient = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = model_class.from_pretrained(path, **settings, **how, **lenient)
+        _require_all_weights(path, report, other_head)
+        loaded.append(model)
+
+    on_rank0(load)
     if rank() == 0:
-        return auto_class.from_pretrained(path, **settings, **how)
+        return loaded[0]
+    from_config = getattr(model_class, "from_config", None) or model_class._from_config
     with no_init_weights():
-        model = auto_class.from_config(AutoConfig.from_pretrained(path, **settings), **how)
+        model = from_config(AutoConfig.from_pretrained(path, **settings), **how)
     model.tie_weights()  # part of the initialization that was left out
     return model
+
+
+def _require_all_weights(path: str, report: dict[str, Any], other_head: Sequence[str]) -> None:
+    """Raise ValueError when the folder lacks weights, which transformers would fill with random
+    numbers, or holds weights that the model does not have."""
+    problems = {
+        "is missing": report["missing_keys"],
+        "has another shape than the model's": [key for key, *_ in report["mismatched_keys"]],
+        "is not part of the model": report["unexpected_keys"],
+    }
+    for problem, keys in problems.items():
+        names = sorted(key for key in keys if key.split(".")[0] not in other_head)
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{path}: the weight {names[0]} {problem}{more}")
 
 
 def apply_fsdp(
@@ -209,8 +265,11 @@ def _mesh(replicas: int) -> DeviceMesh:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if replicas == 1:
         return init_device_mesh(kind, (world_size(),))
-    shape = (replicas, world_size() // replicas)
-    return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard"))
+    ranks = torch.arange(world_size()).view(replicas, -1)
+    # init_device_mesh would make groups that wait for torch's default time.
+    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout())
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout())
+    return DeviceMesh.from_group([copies, shards], kind, ranks, mesh_dim_names=("copy", "shard"))
 
 
 def _sum_gradients(module: torch.nn.Module) -> None:
@@ -222,7 +281,8 @@ def _sum_gradients(module: torch.nn.Module) -> None:
 
 
 def _fill_shards(module: torch.nn.Module, whole: dict[str, Tensor]) -> None:
-    """Distribute rank 0's whole parameters over the shards, one parameter at a time."""
+    """Distribute rank 0's whole parameters over the shards, one parameter at a time. Every rank
+    gets rank 0's buffers: some are stored with the weights, and no rank but 0 has read them."""
     for name, p in module.named_parameters():
         if rank() == 0:
             source = whole.pop(name).to(p.device)
@@ -231,6 +291,9 @@ def _fill_shards(module: torch.nn.Module, whole: dict[str, Tensor]) -> None:
         dist.broadcast(source, 0)
         with torch.no_grad():
             p.copy_(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
+    buffers = on_rank0(lambda: {name: b.cpu() for name, b in module.named_buffers()})
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def full_tensor(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

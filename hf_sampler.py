@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from config import Sampling
 
@@ -45,8 +51,9 @@ class HFSampler:
         max_num_seqs: int,
     ) -> None:
         self.dtype = getattr(torch, dtype)
+        self.attention = attention_for(AutoConfig.from_pretrained(path))
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self.dtype, attn_implementation="sdpa"
+            path, dtype=self.dtype, attn_implementation=self.attention
         )
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
@@ -59,8 +66,7 @@ class HFSampler:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy (name, weight) pairs into the sampler's model."""
-        own = dict(self.model.named_parameters())
-        own["lm_head.weight"] = self.model.get_output_embeddings().weight
+        own = self.model.state_dict()
         with torch.no_grad():
             for name, weight in weights:
                 own[name].copy_(weight)
@@ -117,7 +123,8 @@ class HFSampler:
                 token, position = token[keep], position[keep]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            logits = self._next_logits(token[:, None], mask[:, None, None], position, past)
+            seen = mask[:, None, None] if self._sees_all(past, mask.shape[1]) else mask
+            logits = self._next_logits(token[:, None], seen, position, past)
         return [
             SampledTokens(ids[:length], logp[:length], finish_reason)
             for ids, logp, length, finish_reason in zip(
@@ -139,24 +146,37 @@ class HFSampler:
         input_ids = torch.tensor(padded, device=self.device)
         mask = torch.tensor(real, device=self.device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        square = torch.ones(width, width, dtype=torch.bool, device=self.device)
-        causal = square.tril() & mask[:, None, None]
-        # Padding attends to itself: a query without any key would give NaN.
-        causal |= torch.eye(width, dtype=torch.bool, device=self.device)
         past = DynamicCache(config=self.model.config)
-        logits = self._next_logits(input_ids, causal, position, past)
+        seen = mask
+        if self._sees_all(past, width):
+            square = torch.ones(width, width, dtype=torch.bool, device=self.device)
+            seen = square.tril() & mask[:, None, None]
+            # Padding attends to itself: a query without any key would give NaN.
+            seen |= torch.eye(width, dtype=torch.bool, device=self.device)
+        logits = self._next_logits(input_ids, seen, position, past)
         past.batch_select_indices(prompt_of)
         return logits[prompt_of], past, mask[prompt_of], position[prompt_of, -1:]
 
     def _next_logits(
         self, input_ids: Tensor, mask: Tensor, position: Tensor, past: DynamicCache
     ) -> Tensor:
-        """Logits of the next token, (B, V). `mask` is whole, (B, 1, queries, keys): otherwise
-        transformers would make one at each position."""
-        out = self.model.base_model(
-            input_ids, attention_mask=mask, position_ids=position, past_key_values=past
+        """Logits of the next token as the model itself computes them, (B, V). `mask` says which
+        keys are no padding, (B, keys), or is whole, (B, 1, queries, keys)."""
+        out = self.model(
+            input_ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=past,
+            logits_to_keep=1,
         )
-        return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
+        return out.logits[:, -1]
+
+    def _sees_all(self, past: DynamicCache, length: int) -> bool:
+        """Whether every layer sees all tokens before it. Then one whole mask serves all layers, and
+        transformers need not make masks at each position. Layers with a shorter window keep fewer
+        keys, and transformers makes their masks."""
+        windows = [layer.sliding_window for layer in past.layers if layer.is_sliding]
+        return self.attention == "sdpa" and all(length <= window for window in windows)
 
     def _may_stop(self, stop: tuple[str, ...]) -> Tensor:
         """Whether a token can end a response, (V,): EOS, or a token that holds the last character
@@ -174,6 +194,14 @@ class HFSampler:
         tail = token_ids[-max(map(len, stop), default=1) :].tolist()
         text = self.tokenizer.decode(tail, skip_special_tokens=False)
         return tail[-1] in self.eos or any(s in text for s in stop)
+
+
+def attention_for(config: PreTrainedConfig) -> str:
+    """The attention that computes all that a model asks for: "sdpa", or "eager" for soft-capped
+    scores, which transformers leaves out of "sdpa" without a word, and for models without it."""
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not capped else "eager"
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 import distributed
+from data import Problem
 from rollout import Rollout
 
 
@@ -160,6 +161,16 @@ def _micro_batch(
     )
 
 
+def pack_token_ids(sequences: Sequence[Sequence[int]]) -> MicroBatch:
+    """One pack of whole sequences, in which every token but a sequence's first is an action."""
+    rollouts = []
+    starts = [0]
+    for first, *rest in sequences:
+        rollouts.append(Rollout(Problem("", "", "", (first,)), rest, [], "", ""))
+        starts.append(starts[-1] + len(rest))
+    return _micro_batch(rollouts, range(len(rollouts)), starts, "cpu")
+
+
 def _filler(micro: MicroBatch) -> MicroBatch:
     """The same inputs without actions."""
     nothing = micro.flat[:0]
@@ -206,24 +217,25 @@ def packed_attention(
     *,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    scaling: float,
+    scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each sequence of a pack to itself; query (1, heads, T, d) → (1, T, heads,
-    d).
+    d). Raises ValueError at an argument that it does not know.
 
     The pack is unfolded to (S, heads, max_seqlen, d), each sequence left-aligned. Behind a short
     sequence stands the beginning of its neighbor. Causality keeps the real queries from looking
     that far, and the outputs of the other queries are dropped. Models find this function under the
     name "packed" (transformers' attention interface). That name has no mask function, which also
     keeps transformers from building a mask.
+
+    A token sees itself and the `sliding_window` − 1 tokens before it; `softcap` c turns a score s
+    into c · tanh(s / c); `s_aux` (heads,) are sinks, a further score in every softmax.
     """
-    if sliding_window is not None:
-        raise ValueError(
-            "packed attention has no sliding window; use a model whose layers attend to the whole "
-            "sequence"
-        )
+    _require_known(attention_mask, others)
     num_seqs, num_tokens = len(cu_seqlens) - 1, query.shape[2]
     place = torch.arange(num_tokens, device=query.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, place, right=True) - 1
@@ -236,15 +248,111 @@ def packed_attention(
         tokens_first = x[0].transpose(0, 1).index_select(0, unfold)
         return tokens_first.unflatten(0, (num_seqs, max_seqlen)).transpose(1, 2)
 
-    out = scaled_dot_product_attention(
-        unfolded(query),
-        unfolded(key),
-        unfolded(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    query, key, value = unfolded(query), unfolded(key), unfolded(value)
+    window = None
+    if sliding_window is not None and sliding_window < max_seqlen:
+        window = sliding_window
+    if softcap is not None or s_aux is not None:
+        out = _explicit_attention(query, key, value, scaling, window, softcap, s_aux)
+    else:
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if window is None else _visible(max_seqlen, window, query.device),
+            is_causal=window is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, fold)[None], None
+
+
+CHECK_LENGTHS = (3, 7, 17)
+CHECK_TOLERANCE = 1e-4  # of the largest output, or of 1; rounding is about 1e-6
+
+
+@torch.no_grad()
+def check_against_own_forward(
+    model: PreTrainedModel,
+    packed: Callable[[MicroBatch], Tensor],
+    own: Callable[[Tensor], tuple[Tensor, float]],
+    name: str,
+    quantity: str,
+) -> None:
+    """Compare a per-token quantity of a pack of random sequences with the model's own forward pass
+    of one sequence at a time, with transformers' plainest attention. `own` returns the quantity of
+    all tokens but the first and the largest number behind it. Raises ValueError, which begins with
+    `name`, when they differ: the model does something that this program does not know of."""
+    what = f"{name}: the architecture {model.config.model_type} is not supported: "
+    random_ids = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    sequences = [
+        torch.randint(vocab_size, (length,), generator=random_ids) for length in CHECK_LENGTHS
+    ]
+    try:
+        ours = packed(pack_token_ids([ids.tolist() for ids in sequences]))
+        model.set_attn_implementation("eager")
+        expected, magnitudes = zip(*map(own, sequences), strict=True)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{what}{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    finally:
+        model.set_attn_implementation("packed")
+    gap = float((ours - torch.cat(expected)).abs().max())
+    if not gap <= CHECK_TOLERANCE * max(1.0, *magnitudes):
+        raise ValueError(
+            f"{what}{quantity} of a pack differ from the model's own by up to {gap:.3g}"
+        )
+
+
+# Arguments of transformers' attention functions that cannot change the result here.
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+HARMLESS |= {"output_router_logits", "return_dict", "cache_position"}
+
+
+def _require_known(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+    """Raise ValueError when a model asks for more than `packed_attention` computes."""
+    if attention_mask is not None:
+        raise ValueError("packed attention: the model makes an attention mask of its own")
+    if others.get("is_causal") is False:
+        raise ValueError("packed attention: the model's attention is not causal")
+    for name, argument in others.items():
+        known = name in HARMLESS or name == "is_causal" or (name == "dropout" and argument == 0)
+        if argument is not None and not known:
+            raise ValueError(f"packed attention: the argument {name} is not supported")
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, (queries, keys): itself and those before it, within the window."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of unfolded sequences (S, heads, L, d) with soft-capped scores or sinks, which
+    torch's function does not have. It holds all scores, (S, heads, L, L)."""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * scaling).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = _visible(scores.shape[-1], window, query.device)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -4,6 +4,7 @@ and the weights that the sampler gets from the policy after each update.
     policy ──sync_weights──▶ sampler ──sample_responses──▶ [Rollout] ──gather_rollouts──▶ all ranks
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -106,9 +107,9 @@ class VllmSampler:
 
     generate → sleep → (models train) → load_weights → generate → …
 
-    On a GPU it sleeps while models train: weights and key-value cache are dropped and come back
-    empty, so that only `sync_weights`, below, can wake it. Weights arrive through vLLM's own
-    `reload_weights`, on GPUs and on its CPU build alike.
+    On a GPU it sleeps while models train, if `can_sleep`: weights and key-value cache are dropped
+    and come back empty, so that only `sync_weights`, below, can wake it. Weights arrive through
+    vLLM's own `reload_weights`, on GPUs and on its CPU build alike.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class VllmSampler:
         max_num_seqs: int,
         memory: float,
         tensor_parallel: int = 1,
+        can_sleep: bool = False,
     ) -> None:
         on_gpu = torch.cuda.is_available()
         _prepare_vllm(on_gpu)
@@ -129,11 +131,14 @@ class VllmSampler:
         self.eos = list(eos)
         self.dtype = getattr(torch, dtype)
         self.num_ranks = tensor_parallel
-        self.can_sleep = on_gpu
+        self.can_sleep = can_sleep and on_gpu
         self.asleep = False
+        # The trainer's logits are float32: rounded to bfloat16, they would be off by up to 0.06.
+        float32_head = {"head_dtype": "float32"} if dtype == "bfloat16" else None
         self.llm = LLM(
             model=path,
             dtype=dtype,
+            hf_overrides=float32_head,
             max_model_len=max_len,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=memory,
@@ -149,7 +154,7 @@ class VllmSampler:
             seed=distributed.rank() // tensor_parallel,
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher" if distributed.started() else None,
-            enable_sleep_mode=on_gpu,
+            enable_sleep_mode=self.can_sleep,
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
@@ -192,15 +197,22 @@ class VllmSampler:
         self._clear_prefix_cache()
 
     def sleep(self) -> None:
-        """Free the GPU's memory until the next `load_weights`; on a CPU nothing happens."""
+        """Free the GPU's memory until the next `load_weights`, if the sampler `can_sleep`; on a
+        CPU nothing happens."""
         if self.can_sleep and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def close(self) -> None:
-        """Leave vLLM's process groups, and with them the ranks'. It is the last thing a rank does:
-        at the end of the process vLLM would do it by itself, when the groups are already gone."""
+        """End vLLM and free its memory; then another sampler may be opened. vLLM destroys all
+        process groups, so the ranks make their own again, but models that were sharded over the old
+        one are of no more use."""
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM refuses a GPU that has less than its share left
+        distributed.rejoin()
 
     def _clear_prefix_cache(self) -> None:
         """After a sync the cached keys and values are those of the old weights. And a call that
@@ -247,7 +259,8 @@ def open_sampler(
     asleep: bool = False,
 ) -> VllmSampler | HFSampler:
     """The sampler that `cfg.engine` asks for. Open it before other models are loaded: vLLM takes
-    its share of a GPU that is still empty, and then, with `asleep`, sleeps until the first sync."""
+    its share of a GPU that is still empty, and then, with `asleep`, sleeps until the first sync.
+    Without `asleep` it never sleeps."""
     on_gpu = torch.cuda.is_available()
     dtype = cfg.dtype
     if dtype == "auto":
@@ -255,7 +268,14 @@ def open_sampler(
     if cfg.engine == "vllm" or (cfg.engine == "auto" and on_gpu and find_spec("vllm")):
         max_len = cfg.prompt_tokens + cfg.response_tokens
         sampler = VllmSampler(
-            path, eos, dtype, max_len, cfg.max_num_seqs, cfg.vllm_memory, cfg.tensor_parallel
+            path,
+            eos,
+            dtype,
+            max_len,
+            cfg.max_num_seqs,
+            cfg.vllm_memory,
+            cfg.tensor_parallel,
+            can_sleep=asleep,
         )
         if asleep:
             sampler.sleep()
@@ -264,14 +284,20 @@ def open_sampler(
 
 
 def sync_weights(sampler: VllmSampler | HFSampler, policy: torch.nn.Module) -> None:
-    """Give the sampler every weight of the policy, gathered from the ranks one parameter at a time.
-    The head is passed by name even where it is tied to the embedding and a state dict may not list
-    it: vLLM would continue with the new body and the old head, without an error."""
-    weights = dict(policy.model.named_parameters())
-    weights["lm_head.weight"] = policy.model.get_output_embeddings().weight
+    """Give the sampler every weight of the policy, and the buffers that are stored with them,
+    gathered from the ranks one at a time. The head is passed by name even where it is tied to the
+    embedding and `named_parameters` does not list it: vLLM would continue with the new body and the
+    old head, without an error."""
+    stored = policy.model.state_dict(keep_vars=True)
     sampler.load_weights(
-        (name, distributed.full_tensor(weight, sampler.dtype)) for name, weight in weights.items()
+        (name, distributed.full_tensor(tensor, _sampler_dtype(tensor, sampler.dtype)))
+        for name, tensor in stored.items()
     )
+
+
+def _sampler_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Weights are rounded to the sampler's dtype; a buffer keeps its own."""
+    return dtype if isinstance(tensor, torch.nn.Parameter) else tensor.dtype
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
