@@ -88,7 +88,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    distributed.start(cfg.timeout_minutes)
+    distributed.start(cfg.timeout_minutes, alone=False)  # samplers need no group of their own
     grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     width = None if sys.stdout.isatty() else 120  # a file has no width of its own
     quiet = distributed.rank() > 0
