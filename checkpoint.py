@@ -1,9 +1,11 @@
 """Checkpoints that are complete or absent, resuming, and export to Hugging Face folders.
 
 runs/<name>/checkpoints/step-20/      __*.distcp, .metadata    weights and AdamW moments (DCP)
-                                      run.json                 settings, model, file sizes, lengths
-                                                               of the run's records
-                        step-40.tmp/  unfinished or abandoned: never loaded
+                                      run.json                 settings, model, time spent; sizes
+                                                               and checksums of these files and of
+                                                               the run's records
+                        step-40.tmp/    unfinished or abandoned: never loaded
+                        step-60.aside/  damaged, or in the way: never loaded, never deleted
 
 Nothing else needs saving. Random streams, the order of problems and learning rates are functions of
 (seed, step). DCP is torch's format of distributed checkpoints.
@@ -11,12 +13,16 @@ Nothing else needs saving. Random streams, the order of problems and learning ra
 
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,8 +103,10 @@ class Checkpoints:
             "ranks": distributed.world_size(),
         }
         # Its collectives run beside the loop's, so they need a process group of their own.
-        self.group = dist.new_group(backend="gloo") if distributed.started() else None
-        self.thread = ThreadPoolExecutor(1)
+        self.group = None
+        if distributed.started():
+            self.group = dist.new_group(backend="gloo", timeout=distributed.timeout())
+        self.thread = _writer_thread()
         self.pending: Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
@@ -118,18 +126,25 @@ class Checkpoints:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
-    def step(self, done: int, last: bool, records: Sequence[Path]) -> None:
+    def step(
+        self,
+        done: int,
+        last: bool,
+        records: Sequence[Path],
+        spent: Mapping[str, Any] | None = None,
+    ) -> None:
         """After `done` iterations: save if it is due. After a signal to any rank: save, and exit
-        with 128 + its number. `records` are the run's files that grow. Raises OSError when a
-        checkpoint could not be written."""
+        with 128 + its number. `records` are the run's files that grow, `spent` the time it took so
+        far. Raises OSError when a checkpoint could not be written."""
         states = distributed.all_gather_objects((self.signal, self._failed()))
         stop = max(number for number, _ in states)
         if any(failed for _, failed in states):
             self.finish()
         if stop or (self.every and (last or done % self.every == 0)):
-            self.save(done, records)
-        if stop:
+            self.save(done, records, spent)
+        if stop or last:
             self.finish()
+        if stop:
             if distributed.rank() == 0:
                 message = f"stopped by signal {stop} after {done} iterations"
                 print(f"{message}; --resume auto goes on from there", flush=True)
@@ -138,34 +153,73 @@ class Checkpoints:
     def _failed(self) -> bool:
         return bool(self.pending and self.pending.done() and self.pending.exception())
 
-    def save(self, done: int, records: Sequence[Path]) -> None:
+    def save(
+        self, done: int, records: Sequence[Path], spent: Mapping[str, Any] | None = None
+    ) -> None:
         """Copy everything to host memory; a thread writes the copy."""
         self.finish()
         if self.saved == done:
             return
         copy = {name: _host_copy(t) for name, t in named_tensors(self.trained).items()}
-        sizes = {file.name: _sync_to_disk(file) for file in records if file.exists()}
-        about = self.about | {"records": sizes}
-        self.pending = self.thread.submit(self._write, done, copy, about)
+        sizes = {file: _sync_to_disk(file) for file in records if file.exists()}
+        self.pending = self.thread.submit(self._write, done, copy, sizes, spent)
         self.saved = done
 
-    def _write(self, done: int, copy: dict[str, Tensor], about: dict[str, Any]) -> None:
-        final = self.folder / f"step-{done}"
+    def _write(
+        self,
+        done: int,
+        copy: dict[str, Tensor],
+        records: dict[Path, int],
+        spent: Mapping[str, Any] | None,
+    ) -> None:
         temporary = self.folder / f"step-{done}.tmp"
-        dcp.save(
-            copy, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None
-        )
-        if distributed.rank() > 0:  # rank 0 gets here when all ranks' shards are on the disk
-            return
-        files = {file.name: file.stat().st_size for file in temporary.iterdir()}
-        with (temporary / "run.json").open("w") as file:
-            json.dump({"step": done, **about, "files": files}, file, indent=1, default=str)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            dcp.save(
+                copy, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None
+            )
+            checksums = self._checksums(temporary)
+            if distributed.rank() > 0:  # rank 0 goes on when all ranks' shards are on the disk
+                return
+            about = {"step": done, **self.about, "spent": spent}
+            about["records"] = {file.name: size for file, size in records.items()}
+            about["record_crc32"] = {f.name: _crc32(f, size) for f, size in records.items()}
+            about["files"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            about["crc32"] = checksums
+            _write_about(temporary / "run.json", about)
+        except BaseException:
+            if distributed.rank() == 0:
+                remove_tree(temporary)
+            raise
+        final = self.folder / f"step-{done}"
+        if os.path.lexists(final):
+            set_aside(final)
         temporary.rename(final)
         _sync_to_disk(self.folder)
-        for old in by_step(self.folder)[: -self.keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
+        older = [path for path in by_step(self.folder) if step_of(path) < done]
+        for path in older[: max(0, len(older) - (self.keep - 1))]:
+            with suppress(OSError):  # the next start of the run tries again
+                remove_tree(path.rename(path.with_suffix(".tmp")))
+
+    def _checksums(self, folder: Path) -> dict[str, int]:
+        """Checksums of the files of a checkpoint that is being written. Every rank reads its own
+        shards; rank 0 returns all of them and those of the other files."""
+        checksums: dict[str, int] = {}
+        failure: OSError | None = None
+        try:
+            checksums = crc32_of_files(folder.glob(f"__{distributed.rank()}_*"))
+        except OSError as error:
+            failure = error
+        if self.group is not None:
+            outcomes: list[Any] = [None] * distributed.world_size()
+            dist.all_gather_object(outcomes, (checksums, failure), group=self.group)
+            checksums = {name: crc for of_rank, _ in outcomes for name, crc in of_rank.items()}
+            failure = next((error for _, error in outcomes if error), None)
+        if failure:
+            raise failure
+        if distributed.rank() == 0:
+            rest = [path for path in folder.iterdir() if path.name not in checksums]
+            checksums |= crc32_of_files(rest)
+        return checksums
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written. Raises OSError, saying what is left, when
@@ -175,20 +229,38 @@ class Checkpoints:
         try:
             self.pending.result()
         except (CheckpointException, OSError, RuntimeError) as error:
-            cause = error
-            if isinstance(error, CheckpointException):
-                cause, _ = next(iter(error.failures.values()))
-            if distributed.rank() == 0:
-                shutil.rmtree(self.folder / f"step-{self.saved}.tmp", ignore_errors=True)
-            kept = by_step(self.folder)
-            left = "there is no older one"
-            if kept:
-                left = f"{kept[-1]} is complete: fix the cause and pass --resume auto"
             raise OSError(
-                f"checkpoint step-{self.saved} could not be written ({cause}); {left}"
+                f"checkpoint {self.folder / f'step-{self.saved}'} could not be written "
+                f"({_cause(error)}); {newest_complete(self.folder)}"
             ) from error
         finally:
             self.pending = None
+
+
+def _cause(error: BaseException) -> str:
+    """One line that says why; of an error of DCP, what the first rank that failed said."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _write_about(path: Path, about: dict[str, Any]) -> None:
+    """Write run.json, with a checksum of what it says."""
+    about = json.loads(json.dumps(about, default=str))
+    about["run_crc32"] = _crc32_of_json(about)
+    with path.open("w") as file:
+        json.dump(about, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _writer_thread() -> ThreadPoolExecutor:
+    """A thread that uses this rank's GPU. A new thread uses GPU 0, and torch's writer would make a
+    CUDA context there for every rank."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(1)
+    own = (torch.cuda.current_device(),)
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=own)
 
 
 def _host_copy(t: Tensor) -> Tensor:
@@ -207,51 +279,146 @@ def _sync_to_disk(path: Path) -> int:
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────
 
 
+_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def step_of(path: Path) -> int | None:
+    """The number of iterations in the name of a finished checkpoint; None for any other name.
+
+    >>> step_of(Path("checkpoints/step-20")), step_of(Path("checkpoints/step-20-keep"))
+    (20, None)
+    """
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def by_step(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, oldest first."""
-    finished = [p for p in folder.glob("step-*") if p.suffix != ".tmp"]
-    return sorted(finished, key=lambda p: int(p.name.removeprefix("step-")))
+    """The folders in `folder` that are named as finished checkpoints, oldest first."""
+    finished = [p for p in folder.glob("step-*") if step_of(p) is not None and p.is_dir()]
+    return sorted(finished, key=step_of)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in `path`. Raises ValueError saying what is missing when it is not
-    complete."""
+def read_checkpoint(path: Path, checksums: bool = True) -> Checkpoint:
+    """The checkpoint in `path`. Raises ValueError saying what is wrong when it is not complete or,
+    with `checksums`, when a file is not what was written."""
     try:
-        about = json.loads((path / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        about = json.loads((path / "run.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no complete checkpoint (run.json: {error})") from None
+    expected = about.pop("run_crc32", None) if isinstance(about, dict) else None
+    if expected not in (None, _crc32_of_json(about)):
+        raise ValueError(f"{path} is damaged: run.json is not what was written")
+    known = {"step", "settings", "model", "roles", "records", "files"}
+    if not isinstance(about, dict) or not known <= about.keys():
+        raise ValueError(f"{path} is no complete checkpoint (run.json is not one of a checkpoint)")
+    if step_of(path) not in (None, about["step"]):
+        raise ValueError(f"{path} is not what its name says: it holds step {about['step']}")
     for name, size in about["files"].items():
         actual = (path / name).stat().st_size if (path / name).exists() else 0
         if actual != size:
             raise ValueError(f"{path} is damaged: {name} has {actual} of {size} bytes")
+    if checksums:
+        _verify_checksums(path, about.get("crc32", {}))  # early versions wrote none
     return Checkpoint(path, about)
 
 
-def find_checkpoint(resume: str, run: Path) -> Checkpoint | None:
-    """What `--resume` asks for. auto: the newest complete checkpoint of the run folder `run`, None
-    where there is none; otherwise the checkpoint in the folder named. Raises ValueError when that
-    is damaged or would leave newer ones behind."""
-    own = by_step(run / "checkpoints")
-    if resume == "auto":
-        for path in reversed(own):
-            try:
-                return read_checkpoint(path)
-            except ValueError as error:
-                print(f"WARNING: {error}; trying an older one", flush=True)
-        if own:
-            folder = run / "checkpoints"
+def _verify_checksums(path: Path, expected: dict[str, int]) -> None:
+    try:
+        actual = crc32_of_files(path / name for name in expected)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    for name, crc in expected.items():
+        if actual[name] != crc:
+            raise ValueError(f"{path} is damaged: the bytes of {name} are not those written")
+
+
+def _require_records(found: Checkpoint) -> None:
+    """Raise ValueError when a record of the run does not begin with what it had at the checkpoint.
+    The run would go on with lines missing or damaged."""
+    checksums = found.about.get("record_crc32", {})
+    for name, size in found.about["records"].items():
+        record = found.path.parent.parent / name
+        actual = record.stat().st_size if record.exists() else 0
+        if actual < size:
             raise ValueError(
-                f"no checkpoint in {folder} is complete; pass --overwrite to begin again"
+                f"{found.path} cannot be resumed: {record} has {actual} of the {size} bytes it had"
             )
-        return None
+        if name in checksums and _crc32(record, size) != checksums[name]:
+            raise ValueError(f"{found.path} cannot be resumed: {record} was damaged or changed")
+
+
+def find_checkpoint(resume: str, run: Path) -> Checkpoint | None:
+    """What `--resume` asks for. auto: the newest checkpoint of the run folder `run` that is whole,
+    None where there is none; otherwise the checkpoint in the folder named. Raises ValueError when
+    that is damaged or would leave newer ones behind. Nothing is changed."""
+    folder = run / "checkpoints"
+    if resume == "auto":
+        return _newest_whole(folder)
     named = read_checkpoint(Path(resume))
-    is_own = bool(own) and named.path.parent.resolve() == own[0].parent.resolve()
-    if is_own and named.path.name != own[-1].name:
-        raise ValueError(
-            f"--resume {resume}: {own[-1]} is newer; remove it, or choose another --name to branch "
-            "off"
-        )
+    _require_records(named)
+    if folder.resolve() != named.path.parent.resolve():
+        return named
+    for path in reversed(by_step(folder)):
+        if step_of(path) > named.about["step"] and _whole(path):
+            raise ValueError(
+                f"--resume {resume}: {path} is newer; remove it, or choose another --name to "
+                "branch off"
+            )
     return named
+
+
+def _newest_whole(folder: Path) -> Checkpoint | None:
+    for path in reversed(by_step(folder)):
+        if found := _whole(path):
+            return found
+    others = [p for p in folder.glob("*") if p.suffix != ".tmp" and not p.name.startswith(".")]
+    if others:
+        names = ", ".join(sorted(p.name for p in others))
+        raise ValueError(
+            f"no checkpoint in {folder} is complete (it holds {names}); pass --overwrite to begin "
+            "again"
+        )
+    return None
+
+
+def _whole(path: Path) -> Checkpoint | None:
+    """The checkpoint in `path` if training can go on from it; else None, and a printed warning."""
+    try:
+        found = read_checkpoint(path)
+        _require_records(found)
+    except ValueError as error:
+        print(f"WARNING: {error}; it is passed over", flush=True)
+        return None
+    return found
+
+
+def newest_complete(folder: Path) -> str:
+    """What to tell a user whose run cannot go on: which checkpoint in `folder` is complete."""
+    for path in reversed(by_step(folder)):
+        with suppress(ValueError):
+            read_checkpoint(path, checksums=False)
+            return f"{path} is complete: fix the cause and pass --resume auto"
+    return "there is no complete checkpoint"
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what stands in the way of a checkpoint to <name>.aside, and return the new path."""
+    for number in count(1):
+        aside = path.with_name(f"{path.name}.aside" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            return path.rename(aside)
+    raise AssertionError("unreachable")
+
+
+def set_aside_newer(folder: Path, resume_from: Checkpoint) -> list[Path]:
+    """Before a run goes on from `resume_from`: set aside what has the name of a checkpoint that
+    will be written, all of it damaged; returns the new paths."""
+    return [
+        set_aside(path)
+        for path in by_step(folder)
+        if step_of(path) >= resume_from.about["step"]
+        and path.resolve() != resume_from.path.resolve()
+    ]
 
 
 def require_same_model(
@@ -262,9 +429,9 @@ def require_same_model(
     path, about = resume_from
     now = architecture(model_config)
     for key, value in about["model"].items():
-        if now[key] != value:
+        if now.get(key) != value:
             raise ValueError(
-                f"{path} is of another model: its {key} is {value}, --model has {now[key]}"
+                f"{path} is of another model: its {key} is {value}, --model has {now.get(key)}"
             )
     if about["roles"] != list(roles):
         raise ValueError(
@@ -290,12 +457,51 @@ def changed_settings(resume_from: Checkpoint, config: Any) -> dict[str, tuple[An
 
 def load_checkpoint(resume_from: Checkpoint | None, trained: Trained) -> int:
     """Fill weights and optimizer states, on any number of ranks, whatever number saved them.
-    Returns the number of iterations done; 0 without a checkpoint."""
+    Returns the number of iterations done; 0 without a checkpoint. Raises OSError when the
+    checkpoint cannot be loaded."""
     if resume_from is None:
         return 0
     tensors = named_tensors(trained)
-    dcp.load(tensors, checkpoint_id=resume_from.path, no_dist=not distributed.started())
+    try:
+        dcp.load(tensors, checkpoint_id=resume_from.path, no_dist=not distributed.started())
+    except CheckpointException as error:
+        raise OSError(f"{resume_from.path} cannot be loaded ({_cause(error)})") from error
     return resume_from.about["step"]
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+
+CHUNK = 2**24  # bytes that are read at once
+
+
+def _crc32(path: Path, size: int | None = None) -> int:
+    """CRC-32 of a file, or of its first `size` bytes. It tells damage, not forgery."""
+    crc = 0
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while chunk := file.read(min(left, CHUNK)):
+            crc = zlib.crc32(chunk, crc)
+            left -= len(chunk)
+    return crc
+
+
+def crc32_of_files(paths: Iterable[Path]) -> dict[str, int]:
+    """CRC-32 of each file by its name; several are read at once, each in a thread."""
+    paths = list(paths)
+    with ThreadPoolExecutor(4) as threads:
+        return dict(zip((p.name for p in paths), threads.map(_crc32, paths), strict=True))
+
+
+def _crc32_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a folder, if it is there; of a symbolic link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # ── export ────────────────────────────────────────────────────────────────────────────────────────
@@ -307,22 +513,46 @@ def export_model(
     folder: Path,
     generation: GenerationConfig | None = None,
 ) -> None:
-    """Write a policy or critic as a Hugging Face folder: weights (safetensors), configuration,
-    tokenizer with chat template and, for a policy, generation settings; transformers and, for a
-    policy, vLLM load it. Weights are gathered to rank 0, which writes to a temporary folder and
-    renames it: `folder` is never half a model."""
+    """Write a policy or critic as a Hugging Face folder: weights (safetensors) and the buffers that
+    belong to them, configuration, tokenizer with chat template and, for a policy, generation
+    settings; transformers and, for a policy, vLLM load it. Weights are gathered to rank 0, which
+    writes to a temporary folder and renames it: `folder` is never half a model."""
+    stored = dict(module.model.named_parameters())
+    persistent = module.model.state_dict().keys()
+    stored |= {name: b for name, b in module.model.named_buffers() if name in persistent}
     weights = {}
-    for name, p in module.model.named_parameters():
-        whole = distributed.full_tensor(p)
+    for name, tensor in stored.items():
+        whole = distributed.full_tensor(tensor, tensor.dtype)
         if distributed.rank() == 0:
             weights[name] = whole.cpu()
     if distributed.rank() > 0:
         return
-    temporary = folder.with_name(folder.name + ".partial")
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
     if generation is not None:
         module.model.generation_config = generation
-    module.model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
+    temporary = folder.with_name(folder.name + ".partial")
+    remove_tree(temporary)
+    try:
+        module.model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:
+        remove_tree(temporary)
+        # safetensors and tokenizers report a full disk by exceptions of their own.
+        if isinstance(error, OSError) or "os error" in str(error):
+            left = newest_complete(folder.parent / "checkpoints")
+            raise OSError(f"{folder} could not be written ({_cause(error)}); {left}") from error
+        raise
+    move_export_aside(folder)
     temporary.rename(folder)
+    remove_tree(earlier(folder))
+
+
+def earlier(folder: Path) -> Path:
+    """Where an export is moved when the training goes on past it, until the next one is whole."""
+    return folder.with_name(folder.name + ".earlier")
+
+
+def move_export_aside(folder: Path) -> None:
+    """Rename an export that is no longer the result of the run, if there is one."""
+    if os.path.lexists(folder):
+        remove_tree(earlier(folder))
+        folder.rename(earlier(folder))

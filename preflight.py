@@ -1,6 +1,7 @@
 """Everything that is refused before a weight is loaded, and what a run needs besides weights."""
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from critic import value_head
 from curation import formats
 from data import Problem
 from grading.pool import Grader
-from reports.log import prepare_folder
+from reports.log import check_folder, claim_folder
 from reward import load_custom_reward, score
 from rollout import Rollout, load_rollouts
 from toy import tiny
@@ -163,8 +164,13 @@ def _validate_choices(cfg: Config) -> None:
 
 
 def _read_files(cfg: Config, grader: Grader) -> _Files:
-    """Find the checkpoint, make the run folder, and read and check the model's files and
-    problems."""
+    """Take the run folder for this process; then find the checkpoint, and read and check the
+    model's files and problems."""
+    with claim_folder(_run_folder(cfg)):
+        return _read_files_for(cfg, grader)
+
+
+def _read_files_for(cfg: Config, grader: Grader) -> _Files:
     resume_from = _checkpoint_to_resume(cfg)
     model_path, train_source, eval_sources = cfg.model, cfg.data, cfg.eval_data
     if cfg.model in tiny.TASKS:
@@ -187,17 +193,54 @@ def _read_files(cfg: Config, grader: Grader) -> _Files:
     return _Files(model_path, problems, eval_problems, resume_from)
 
 
+def _run_folder(cfg: Config) -> Path:
+    """The folder of the run. Raises ValueError when the name is not one part of a path."""
+    is_part = cfg.name.strip(" .") and cfg.name.isprintable() and not set(cfg.name) & set("/\\")
+    if not is_part:
+        raise ValueError(
+            f"--name {cfg.name!r}: must be the name of a folder in --runs, without separators"
+        )
+    return Path(cfg.runs) / cfg.name
+
+
 def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
-    run = Path(cfg.runs) / cfg.name
+    """The checkpoint that --resume asks for. Raises ValueError when this run may not write in its
+    folder, or would remove something that it needs."""
+    run = _run_folder(cfg)
     resume_from = checkpoint.find_checkpoint(cfg.resume, run) if cfg.resume else None
-    if cfg.resume == "auto" and resume_from is None and (run / "policy").exists():
+    exports = [run / "policy", run / "policy.earlier"]
+    if cfg.resume == "auto" and resume_from is None and any(map(os.path.lexists, exports)):
         raise ValueError(
             f"{run} is a finished run without checkpoints; nothing to go on from: choose another "
             "--name"
         )
-    same_run = resume_from and resume_from.path.parent.parent.resolve() == run.resolve()
-    prepare_folder(run, cfg.overwrite, resume=bool(same_run) or cfg.resume == "auto")
+    same_run = bool(resume_from) and resume_from.path.parent.parent.resolve() == run.resolve()
+    check_folder(run, cfg.overwrite, resume=cfg.resume == "auto", same_run=same_run)
+    replaced = [run / "policy", run / "critic"] if same_run else [run]
+    _require_inputs_outside(cfg, replaced)
     return resume_from
+
+
+def _require_inputs_outside(cfg: Config, replaced: list[Path]) -> None:
+    """Raise ValueError when an input of the run is in one of the folders that it replaces."""
+    given = {name: [getattr(cfg, name)] for name in ("model", "data", "replay", "init_critic")}
+    given["eval_data"] = list(formats.named(cfg.eval_data).values())
+    for name, sources in given.items():
+        for source in sources:
+            if any(_is_inside(source, folder) for folder in replaced):
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--{flag} {source}: is in the run's own folder, which this run replaces; "
+                    "move it, or choose another --name"
+                )
+
+
+def _is_inside(source: str, folder: Path) -> bool:
+    """Whether a source is a file or folder at or below `folder`, by its path or by its links."""
+    if not source or not os.path.lexists(source):
+        return False
+    by_path = Path(os.path.abspath(source)).is_relative_to(os.path.abspath(folder))
+    return by_path or Path(source).resolve().is_relative_to(folder.resolve())
 
 
 def _check_model_files(

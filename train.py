@@ -101,9 +101,10 @@ def train(cfg: Config, inputs: Inputs) -> Path:
             log.step(step, metrics, rollouts, inputs.tokenizer, values, advantages)
             evaluate_heldout(cfg, inputs, sampler, log, step + 1)
             with log.aside("checkpoint"):
-                checkpoints.step(step + 1, last=step + 1 == cfg.steps, records=log.records)
+                last = step + 1 == cfg.steps
+                checkpoints.step(step + 1, last, log.records, log.spent())
+        save_models(cfg, models, inputs, log.folder)
         log.print_before_after()
-    save_models(cfg, models, inputs, log.folder)
     if sampler:
         sampler.close()
     return log.folder

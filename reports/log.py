@@ -11,7 +11,9 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               tensorboard/     the metrics again, as events
               *.png            figures (reports/figures.py)
               report.html      everything to look at, in one page (reports/page.py)
-              policy/ critic/  Hugging Face folders
+              policy/ critic/  Hugging Face folders; *.earlier: of a training that goes on
+
+The process that trains holds a lock on the folder, from before the first check to its end.
 """
 
 import fcntl
@@ -23,10 +25,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,10 +42,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import distributed
-from checkpoint import Checkpoint, changed_settings
-from curation.files import progress_bar
+from checkpoint import (
+    Checkpoint,
+    changed_settings,
+    move_export_aside,
+    newest_complete,
+    remove_tree,
+    set_aside_newer,
+    step_of,
+)
+from curation.files import progress_bar, write_atomically
+from reports.metrics import heldout_metrics
 from reports.transcripts import transcripts
-from rollout import Rollout, save_rollouts
+from rollout import Rollout, load_rollouts, save_rollouts
 
 COLUMNS = {  # metric → (heading, width, format)
     "step": ("step", 5, "d"),
@@ -59,28 +72,125 @@ COLUMNS = {  # metric → (heading, width, format)
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files that grow
 
 
-def prepare_folder(folder: Path, overwrite: bool, resume: bool = False) -> None:
-    """Make the run folder. Raises OSError or ValueError saying what to do, before anything is
-    expensive."""
+# What a run leaves in its folder beside config.json. Only this is removed when it starts afresh.
+OUTPUTS = """
+    checkpoints policy policy.earlier policy.partial critic critic.earlier critic.partial
+    metrics.jsonl evaluations.jsonl rollouts.jsonl heldout-*.jsonl failed-step-*.jsonl rollouts
+    tensorboard summary.json report.html *.png *.svg
+""".split()
+REMOVED = ".removed"  # what is being deleted is moved into this folder first
+_locks: dict[Path, int] = {}  # run folder → open file descriptor that locks it
+
+
+# ── the folder ────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_run_config(config: Any) -> bool:
+    """Whether the content of a config.json is that of a run, and not of a model or anything else.
+
+    >>> is_run_config({"model_type": "qwen2"})
+    False
+    """
+    return isinstance(config, dict) and {"policy_lr", "critic_lr"} <= config.keys()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of this program."""
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not overwrite and not resume:
-                raise ValueError(
-                    f"{folder} is not empty; choose another --name, or pass --overwrite or "
-                    "--resume auto"
-                )
-            if not (folder / "config.json").exists():
-                raise ValueError(
-                    f"{folder} holds files that are not a run's; neither --overwrite nor --resume "
-                    "touches them"
-                )
+        return is_run_config(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Make the run folder and lock it until this process ends. An error inside gives the folder
+    back, and removes it if it was made here. Raises OSError when another process has it."""
+    is_new = not folder.exists()
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OSError(
             f"{folder}: cannot write the run folder ({error.strerror}); choose another --runs"
         ) from None
+    lock = lock_folder(folder)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        os.close(lock)
+        raise
+    _locks[folder.resolve()] = lock
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a folder; returns the open file descriptor that holds the lock, perhaps one that
+    `claim_folder` left. Raises OSError when another process or another RunLog holds it."""
+    handle = _locks.pop(folder.resolve(), None)
+    if handle is not None and _is_open_folder(handle, folder):
+        return handle
+    if handle is not None:
+        os.close(handle)  # of a folder that has been removed since
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise _in_use(folder) from None
+    except OSError:
+        pass  # some cluster file systems have no locks
+    if not _is_open_folder(handle, folder):  # its owner removed it before we had the lock
+        os.close(handle)
+        raise _in_use(folder)
+    return handle
+
+
+def _is_open_folder(handle: int, folder: Path) -> bool:
+    return folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder))
+
+
+def _in_use(folder: Path) -> OSError:
+    return OSError(f"{folder} is in use by another process; end that, or choose another --name")
+
+
+def check_folder(folder: Path, overwrite: bool, resume: bool, same_run: bool) -> None:
+    """Raise ValueError, saying what to do, when a run may not begin or go on in `folder`. A
+    checkpoint to go on from (`same_run`) proves that the folder is a run's."""
+    # A start that was killed may leave no more than its unfinished config.json.
+    left = [p for p in folder.iterdir() if not p.match("config.json.*.tmp") and p.name != REMOVED]
+    if not left or same_run:
+        return
+    if not overwrite and not resume:
+        raise ValueError(
+            f"{folder} is not empty; choose another --name, or pass --overwrite or --resume auto"
+        )
+    if not is_run(folder):
+        raise ValueError(
+            f"{folder} holds files that are not a run's; neither --overwrite nor --resume touches "
+            "them"
+        )
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run left, links but not what they point to. Everything is moved out of
+    the way before anything is deleted, checkpoints first: when this is interrupted, nothing that is
+    left looks whole. config.json stays until it is replaced; other people's files stay."""
+    removed = folder / REMOVED
+    remove_tree(removed)
+    entries = list(folder.iterdir())
+    found = [p for pattern in OUTPUTS for p in entries if fnmatch(p.name, pattern)]
+    if found:
+        removed.mkdir()
+    for path in found:
+        path.rename(removed / path.name)
+    remove_tree(removed)
+
+
+# ── the log ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class RunLog:
@@ -100,14 +210,19 @@ class RunLog:
         self.writes = distributed.rank() == 0
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.writes)
         self.records = [folder / name for name in RECORDS]
+        # Seconds of the run before this process, and by stage; see `spent`.
+        self.earlier_seconds = 0.0
+        self.stages: dict[str, dict[str, float]] = {}
         if self.writes:
             self.lock = lock_folder(folder)
-            self._start_folder(resume_from)
+            try:
+                self._start_folder(resume_from)
+            except BaseException:
+                self._unlock()
+                raise
         files = self.records if self.writes else [Path(os.devnull)] * len(RECORDS)
         self.metrics, self.evaluations, self.rollouts = (file.open("a") for file in files)
         self.seconds: dict[str, float] = {}  # stage → seconds in this step
-        # stage → its seconds over the run, and the process's peak memory at its end
-        self.stages: dict[str, dict[str, float]] = {}
         self.progress = progress_bar(self.console)
         self.task = self.progress.add_task(
             "training", total=config.steps, completed=self.first_step
@@ -120,16 +235,21 @@ class RunLog:
         origin = resume_from.path.parent.parent if resume_from else None
         same_run = origin is not None and origin.resolve() == self.folder.resolve()
         if not same_run:
-            for old in self.folder.iterdir():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            clear_folder(self.folder)
+        for leftover in (*self.folder.glob("config.json.*.tmp"), self.folder / REMOVED):
+            remove_tree(leftover)
         self._write_config()
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         if self.config.save_rollouts:
             (self.folder / "rollouts").mkdir(exist_ok=True)
-        for abandoned in (self.folder / "checkpoints").glob("*.tmp"):
-            shutil.rmtree(abandoned)
+        for path in (self.folder / "checkpoints").glob("*.tmp"):
+            if step_of(path.with_suffix("")) is not None:
+                remove_tree(path)  # unfinished or half removed
         if resume_from:
             self._restore_records(resume_from, origin, same_run)
+            self._restore_spent(resume_from)
+        if same_run:
+            self._pass_over_later_results(resume_from)
         self.events = SummaryWriter(
             str(self.folder / "tensorboard"), purge_step=self.first_step or None
         )
@@ -138,42 +258,101 @@ class RunLog:
         described = asdict(self.config)
         described |= {"versions": versions(), "machine": platform.platform()}
         described |= {"revision": revision()}
-        text = json.dumps(described, indent=1, default=str) + "\n"
-        (self.folder / "config.json").write_text(text)
+        path = self.folder / "config.json"
+        with self._writing(path):
+            write_atomically(path, [json.dumps(described, indent=1, default=str) + "\n"])
 
     def _restore_records(self, resume_from: Checkpoint, origin: Path, same_run: bool) -> None:
         """The records up to the checkpoint, of this run or of the one it branches off from. They
         are truncated and never rewritten: a kill at this moment must not lose a line."""
         for name, size in resume_from.about["records"].items():
+            path = self.folder / name
             if not same_run:
-                shutil.copy(origin / name, self.folder)
-            os.truncate(self.folder / name, size)
+                with self._writing(path):
+                    shutil.copyfile(origin / name, path)
+            if path.stat().st_size < size:  # truncating would fill it up with zeros
+                raise OSError(f"{path} is shorter than at {resume_from.path}")
+            os.truncate(path, size)
         if not same_run:
             for file in origin.glob("heldout-*.jsonl"):
-                shutil.copy(file, self.folder)
+                with self._writing(self.folder / file.name):
+                    shutil.copyfile(file, self.folder / file.name)
         changed = changed_settings(resume_from, self.config)
         differs = ", ".join(f"{name} {then} → {now}" for name, (then, now) in changed.items())
         suffix = f" with {differs}" if differs else ""
         self.console.print(f"going on from {resume_from.path}{suffix}")
 
+    def _restore_spent(self, resume_from: Checkpoint) -> None:
+        """The time that the run had taken at the checkpoint. Early versions did not record it: then
+        it is that of the steps."""
+        spent = resume_from.about.get("spent")
+        if spent is None:
+            lines = self.records[0].read_text().splitlines()
+            spent = {"seconds": sum(json.loads(line)["seconds"] for line in lines), "stages": {}}
+        self.earlier_seconds = spent["seconds"]
+        self.stages = {name: dict(used) for name, used in spent["stages"].items()}
+
+    def _pass_over_later_results(self, resume_from: Checkpoint) -> None:
+        """Set aside the damaged checkpoints that this run will write again. When training goes on
+        past the results of an earlier attempt, they must not look like those of this one."""
+        for aside in set_aside_newer(self.folder / "checkpoints", resume_from):
+            self.console.print(f"set aside as {aside}")
+        if self.first_step < self.config.steps:
+            for role in ("policy", "critic"):
+                move_export_aside(self.folder / role)
+            (self.folder / "summary.json").unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Let an OSError of a write say which file could not be written, and what is complete."""
+        try:
+            yield
+        except OSError as error:
+            left = newest_complete(self.folder / "checkpoints")
+            why = error.strerror or error
+            raise OSError(f"{path} could not be written ({why}); {left}") from error
+
     def __enter__(self) -> "RunLog":
         self.progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
         self.progress.stop()
         if not self.writes:
             return
-        wall = time.perf_counter() - self.began
-        summary = json.dumps({"seconds": wall, "stages": self.stages}, indent=1) + "\n"
-        (self.folder / "summary.json").write_text(summary)
+        try:
+            self._finish()
+        except OSError:
+            if failure is None:  # otherwise the error that ends the run is the one to report
+                raise
+        finally:
+            self._unlock()
+
+    def _finish(self) -> None:
+        for file in (self.metrics, self.evaluations, self.rollouts):
+            with self._writing(Path(file.name)):
+                file.close()
+        with self._writing(self.folder / "tensorboard"):
+            self.events.close()
+        spent = self.spent()
+        path = self.folder / "summary.json"
+        with self._writing(path):
+            write_atomically(path, [json.dumps(spent, indent=1) + "\n"])
         stages = ", ".join(f"{name} {used['seconds']:.1f}" for name, used in self.stages.items())
         self.console.print(
-            f"\n{wall:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in {self.folder}"
+            f"\n{spent['seconds']:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in "
+            f"{self.folder}"
         )
-        for file in (self.metrics, self.evaluations, self.rollouts, self.events):
-            file.close()
-        os.close(self.lock)
+
+    def _unlock(self) -> None:
+        """Leave the lock to the process, which holds it until it ends."""
+        _locks[self.folder.resolve()] = self.lock
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds of the run so far, the time before it was resumed included; by stage the seconds
+        and the peak memory at its end."""
+        seconds = self.earlier_seconds + time.perf_counter() - self.began
+        return {"seconds": seconds, "stages": self.stages}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -186,7 +365,7 @@ class RunLog:
         self.seconds[name] = time.perf_counter() - start
         used = self.stages.setdefault(name, {"seconds": 0.0, "peak_gb": 0.0})
         used["seconds"] += self.seconds[name]
-        used["peak_gb"] = _peak_gb()
+        used["peak_gb"] = max(used["peak_gb"], _peak_gb())
 
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
@@ -203,7 +382,8 @@ class RunLog:
             yield
         except FloatingPointError as error:
             path = self.folder / f"failed-step-{step}.jsonl"
-            save_rollouts(path, rollouts)
+            with self._writing(path):
+                save_rollouts(path, rollouts)
             message = f"step {step}: {error}; the step's rollouts are in {path}"
             raise FloatingPointError(message) from error
 
@@ -224,14 +404,18 @@ class RunLog:
         record |= {f"seconds_{name}": s for name, s in self.seconds.items()}
         record["memory_gb"] = _peak_gb()
         self.seconds = {}
-        print(json.dumps(_finite(record)), file=self.metrics, flush=True)
+        with self._writing(self.records[0]):
+            print(json.dumps(_finite(record)), file=self.metrics, flush=True)
         self._write_events("", record, step)
         keep = (self.config.keep_rollouts, self.config.keep_tokens)
-        for kept in transcripts(rollouts, *keep, tokenizer, values, advantages):
-            print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
-        self.rollouts.flush()
+        with self._writing(self.records[2]):
+            for kept in transcripts(rollouts, *keep, tokenizer, values, advantages):
+                print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
+            self.rollouts.flush()
         if self.writes and self.config.save_rollouts:
-            save_rollouts(self.folder / "rollouts" / f"step-{step}.jsonl", rollouts)
+            path = self.folder / "rollouts" / f"step-{step}.jsonl"
+            with self._writing(path):
+                save_rollouts(path, rollouts)
         self._print_line(step, record)
 
     def _print_line(self, step: int, record: dict[str, float]) -> None:
@@ -257,9 +441,12 @@ class RunLog:
         """Record held-out metrics after `step` updates in evaluations.jsonl, as events and as a
         line, and keep the responses."""
         record = {"step": step, "responses": len(rollouts)} | _finite(metrics)
-        print(json.dumps(record), file=self.evaluations, flush=True)
+        with self._writing(self.records[1]):
+            print(json.dumps(record), file=self.evaluations, flush=True)
         if self.writes:
-            save_rollouts(self.folder / f"heldout-{step}.jsonl", rollouts, with_ids=False)
+            path = self.folder / f"heldout-{step}.jsonl"
+            with self._writing(path):
+                save_rollouts(path, rollouts, with_ids=False)
         self._write_events("heldout/", metrics, step)
         self.console.print(
             f"held-out after {step} steps: accuracy {metrics['reward']:.3f}, "
@@ -274,42 +461,63 @@ class RunLog:
 
     def _write_events(self, prefix: str, record: dict[str, float], step: int) -> None:
         if self.writes:
-            for name, value in record.items():
-                self.events.add_scalar(prefix + name, value, step)
+            with self._writing(self.folder / "tensorboard"):
+                for name, value in record.items():
+                    self.events.add_scalar(prefix + name, value, step)
 
     def print_before_after(self) -> None:
         """The closing table: held-out metrics before and after the training, and two problems
-        answered twice: the first that was learned, and the first that is still wrong."""
-        first, last = (self.folder / f"heldout-{step}.jsonl" for step in (0, self.config.steps))
-        if not (self.writes and first.exists()):
+        answered twice: the first that was learned, and the first that is still wrong.
+
+        A run that was resumed may have other held-out problems than it began with: then only those
+        that it had at both times are compared.
+        """
+        if not self.writes:
             return
         evaluations = map(json.loads, self.records[1].read_text().splitlines())
         by_step = {record["step"]: record for record in evaluations}
-        self.console.print(_before_after(by_step[0], by_step[self.config.steps]))
-        with first.open() as before, last.open() as after:
-            pairs = [tuple(map(json.loads, pair)) for pair in zip(before, after, strict=True)]
-        learned = [p for p in pairs if p[0]["reward"] < p[1]["reward"]]
-        still_wrong = [p for p in pairs if p[1]["reward"] == 0]
+        if not {0, self.config.steps} <= by_step.keys():
+            return
+        try:
+            before, after = (
+                load_rollouts(self.folder / f"heldout-{step}.jsonl", with_ids=False)
+                for step in (0, self.config.steps)
+            )
+        except (OSError, ValueError) as error:
+            self.console.print(f"no comparison of before and after: {error}", markup=False)
+            return
+        metrics = [by_step[0], by_step[self.config.steps]]
+        if list(map(_asked, before)) != list(map(_asked, after)):
+            both = set(map(_asked, before)) & set(map(_asked, after))
+            self.console.print(f"other held-out problems than at the start; {len(both)} in both")
+            if not both:
+                return
+            before, after = ([r for r in rs if _asked(r) in both] for rs in (before, after))
+            metrics = [heldout_metrics(before), heldout_metrics(after)]
+            after = _in_order_of(before, after)
+        self.console.print(_before_after(*metrics))
+        self._print_examples(before, after)
+
+    def _print_examples(self, before: list[Rollout], after: list[Rollout]) -> None:
+        pairs = list(zip(before, after, strict=True))
+        learned = [pair for pair in pairs if pair[0].reward < pair[1].reward]
+        still_wrong = [pair for pair in pairs if pair[1].reward == 0]
         for old, new in learned[:1] + still_wrong[:1]:
-            question = f"\n{old['question']}   gold {old['gold']}"
+            question = f"\n{old.problem.question}   gold {old.problem.answer}"
             self.console.print(question, style="bold", markup=False)
-            self.console.print(f"  before (R={old['reward']:.0f}){old['response']}", markup=False)
-            self.console.print(f"  after  (R={new['reward']:.0f}){new['response']}", markup=False)
+            self.console.print(f"  before (R={old.reward:.0f}){old.text}", markup=False)
+            self.console.print(f"  after  (R={new.reward:.0f}){new.text}", markup=False)
 
 
-def lock_folder(folder: Path) -> int:
-    """Lock a folder as long as this process lives; returns the open file descriptor. Raises OSError
-    when another process holds the lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(
-            f"{folder} is in use by another process; end that, or choose another --name"
-        ) from None
-    except OSError:
-        pass  # some cluster file systems have no locks
-    return handle
+def _asked(r: Rollout) -> tuple[str, str]:
+    """What makes two held-out problems the same, whatever file they come from."""
+    return r.problem.question, r.problem.answer
+
+
+def _in_order_of(before: list[Rollout], after: list[Rollout]) -> list[Rollout]:
+    """For each response in `before` the first one in `after` to the same problem."""
+    first = {_asked(r): r for r in reversed(after)}
+    return [first[_asked(r)] for r in before]
 
 
 def _before_after(before: dict[str, float], after: dict[str, float]) -> Table:
@@ -325,11 +533,19 @@ def _before_after(before: dict[str, float], after: dict[str, float]) -> Table:
 
 
 def draw_run(folder: Path) -> None:
-    """Draw the figures of a finished run and write its page."""
+    """Draw the figures of a finished run and write its page. The models are exported by now: what
+    fails here is a warning."""
     from reports import figures, page  # matplotlib takes memory that the training may need
 
-    figures.figures(folder)
-    Console(highlight=False, soft_wrap=True).print(f"look at it in {page.write(folder)}")
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        figures.figures(folder)
+        console.print(f"look at it in {page.write(folder)}")
+    except (OSError, ValueError) as error:
+        why = f"WARNING: the run is complete, but not its figures and page ({error})"
+        console.print(
+            f"{why}; make them with python -m reports.figures, reports.page", markup=False
+        )
 
 
 def _peak_gb() -> float:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import tyro
 
 from curation.files import JsonLine, read_jsonl, write_atomically
+from reports.log import is_run_config
 from reports.metrics import follows_format, reflects, significant
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -67,6 +68,10 @@ def collect(folder: Path, rollouts: int, size: int) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: not a run folder, it has no config.json; expected runs/NAME")
     config = load_json(folder / "config.json")
+    if not is_run_config(config):
+        raise ValueError(
+            f"{folder}: not a run folder, its config.json is not a run's; expected runs/NAME"
+        )
     steps = [line.value for line in read_jsonl(folder / "metrics.jsonl", parse_json)]
     names = dict.fromkeys(name for record in steps for name in record)
     evaluations = [line.value for line in read_jsonl(folder / "evaluations.jsonl", parse_json)]
