@@ -89,11 +89,13 @@ def load(source: str | Path, name: str = "") -> list[Problem]:
         try:
             question, answer = formats.question_answer(item)
             formats.refuse_twice(item, place, places)
+            tests = formats.tests(item)
         except ValueError as error:
             file, _, row = place.rpartition(":")
-            raise ValueError(f"{Path(source).parent / file}: row {row}: {error}") from None
+            folder = Path(source) if Path(source).is_dir() else Path(source).parent
+            raise ValueError(f"{folder / file}: row {row}: {error}") from None
         source_name = f"{name}:{len(problems) + 1}" if name else place
-        problems.append(Problem(source_name, question, answer, tests=formats.tests(item)))
+        problems.append(Problem(source_name, question, answer, tests=tests))
     if not problems:
         raise ValueError(f"{source}: holds no problems")
     return problems

@@ -6,10 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import checkpoint
@@ -17,10 +25,11 @@ import data
 import distributed
 from checkpoint import Checkpoint
 from config import Config, validate_ranges
-from critic import value_head
+from critic import critic_class, value_head
 from curation import formats
 from data import Problem
 from grading.pool import Grader
+from packing import attention_windows
 from reports.log import check_folder, claim_folder
 from reward import load_custom_reward, score
 from rollout import Rollout, load_rollouts
@@ -248,6 +257,8 @@ def _check_model_files(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that this run can train. Raises ValueError if it cannot."""
     config = model_config(model_path)
+    longest = cfg.prompt_tokens + cfg.response_tokens
+    require_trainable(config, longest, model_path, with_critic="critic" in cfg.trained_roles)
     if resume_from:
         checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
     if cfg.init_critic:
@@ -258,7 +269,7 @@ def _check_model_files(
             f"--model {model_path}: its tokenizer has {len(tokenizer)} tokens, the model "
             f"{config.vocab_size}"
         )
-    validate_length(cfg.prompt_tokens + cfg.response_tokens, config, model_path)
+    validate_length(longest, config, model_path)
     return tokenizer
 
 
@@ -287,7 +298,7 @@ def _read_problems(
     problems = data.tokenize(
         problems, tokenizer, cfg.prompt_tokens, template, drop=cfg.drop_bad_rows
     )
-    return problems if cfg.reward else _gradable(problems, grader, cfg.drop_bad_rows)
+    return problems if cfg.reward else gradable(problems, grader, cfg.drop_bad_rows, source)
 
 
 def _check_replay(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -331,20 +342,26 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _gradable(problems: list[Problem], grader: Grader, drop: bool) -> list[Problem]:
+def gradable(
+    problems: list[Problem], grader: Grader, drop: bool, source: str = ""
+) -> list[Problem]:
     """Problems whose gold answer the grader can parse, or that have tests. Raises ValueError at any
-    other problem, or leaves it out with `drop`."""
+    other problem, or leaves it out with `drop`; and if none of `source` is left."""
     good = [bool(p.tests) for p in problems]
     if not all(good):
         parsed = grader.are_gradable([p.answer for p in problems])
-        good = [has_tests or ok for has_tests, ok in zip(good, parsed, strict=True)]
+        usable = [not formats.is_placeholder(p.answer) for p in problems]
+        good = [a or (b and c) for a, b, c in zip(good, parsed, usable, strict=True)]
     for problem, ok in zip(problems, good, strict=True):
         if not ok and not drop:
             raise ValueError(
                 f"{problem.source}: Math-Verify cannot parse the gold answer {problem.answer!r}: "
                 "no response could be right; fix the row or pass --drop-bad-rows"
             )
-    return [p for p, ok in zip(problems, good, strict=True) if ok]
+    kept = [p for p, ok in zip(problems, good, strict=True) if ok]
+    if not kept:
+        raise ValueError(f"{source}: no problem has a gold answer that can be graded")
+    return kept
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────
@@ -408,6 +425,82 @@ def _stored_value_head(flag: str, path: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+SPARSE_LAYERS = {"indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse"}
+
+
+def require_trainable(config: Any, longest: int, path: str, with_critic: bool = True) -> None:
+    """Raise ValueError, which names the type and the reason, when packed sequences of up to
+    `longest` tokens of this model cannot be trained. It needs the configuration only; what it
+    cannot see, `policy.check_logprobs` sees when the weights are loaded. docs/models.md lists which
+    types work."""
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"--model {path}: cannot train a {config.model_type} model: {why}")
+
+    parts = set(type(config).sub_configs) - {"attn_config", "ffn_config"}
+    if parts:
+        refuse(f"it has parts beside a language model ({', '.join(sorted(parts))})")
+    if getattr(config, "is_decoder", True) is False:
+        refuse("its attention is not causal")
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    layer_types = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if model_class._is_stateful or layer_types - SPARSE_LAYERS:
+        refuse("it carries a state from token to token, also across the sequences of a pack")
+    if layer_types:
+        refuse(f"its layers of type {', '.join(sorted(layer_types))} are not supported")
+    if not model_class._supports_attention_backend:
+        refuse("transformers gives it no exchangeable attention")
+    _require_length_independence(config, longest, refuse)
+    try:
+        _run_without_weights(config, longest)
+        if with_critic and not hasattr(_without_weights(critic_class(config), config), "score"):
+            raise ValueError("its sequence classifier has no linear value head")
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        refuse(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def _require_length_independence(config: Any, longest: int, refuse: Callable) -> None:
+    """Refuse models that treat a token of a short sequence otherwise when a long one is in the same
+    pack, and attention in chunks shorter than a sequence."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and chunk < longest:
+        refuse(f"it attends in chunks of {chunk} tokens, shorter than sequences of {longest}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    for kind in kinds:
+        original = kind.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", longest
+        )
+        if kind.get("rope_type") == "longrope" and original < longest:
+            refuse(
+                f"its LongRoPE changes at {original} tokens for all sequences of a pack; lower "
+                f"--prompt-tokens + --response-tokens from {longest}"
+            )
+
+
+def _without_weights(model_class: Any, config: Any) -> PreTrainedModel:
+    """A model whose weights have shapes and no numbers (torch's device "meta")."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        return build(copy.deepcopy(config), attn_implementation="packed", dtype=torch.float32)
+
+
+def _run_without_weights(config: Any, longest: int) -> None:
+    """Run the policy's forward pass on shapes alone, as far as they lead: routing to experts needs
+    numbers. Raises what the pass raises, and ValueError when a layer does not tell its window."""
+    model = _without_weights(AutoModelForCausalLM, config)
+    if getattr(model.get_output_embeddings(), "weight", None) is None:
+        raise ValueError("it has no linear vocabulary head")
+    windows: list[int | None] = []
+    with contextlib.suppress(RuntimeError):  # numbers were needed
+        windows = attention_windows(model)
+    layer_types = getattr(config, "layer_types", None) or []
+    for layer_type, window in zip(layer_types, windows, strict=False):
+        if layer_type == "sliding_attention" and window is None and config.sliding_window < longest:
+            raise ValueError("its attention does not tell its sliding window")
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

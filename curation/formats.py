@@ -33,9 +33,11 @@ import csv
 import hashlib
 import io
 import json
+import math
 import random
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -76,6 +78,8 @@ def named(sets: Sequence[str]) -> dict[str, str]:
         if not source:
             source = BENCHMARKS.get(name, name)
             name = Path(name).stem
+        if not name.strip(".") or "/" in name:
+            raise ValueError(f"{given!r}: the name of a set is empty or has a /; use NAME=FILE")
         if found.setdefault(name, source) != source:
             raise ValueError(
                 f"two sets are called {name}: {found[name]} and {source}; "
@@ -95,6 +99,8 @@ def rows(source: str | Path) -> Iterator[tuple[Place, Any]]:
     Raises FileNotFoundError for what is neither a file nor a hub id, ValueError naming file and
     line for what cannot be decoded, and OSError if the hub cannot be reached.
     """
+    if not str(source).strip():
+        raise ValueError("the name of a file or dataset is empty")
     path = Path(source)
     hub = HUB.fullmatch(str(source))
     # `folder/file.json` has the form of a hub id, but such an id is not likely.
@@ -126,36 +132,52 @@ def _file_rows(path: Path) -> Iterator[tuple[Place, Any]]:
     if path.suffix == ".zip":
         yield from _zip_rows(path)
     elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-        yield from _numbered(path, (item for batch in batches for item in batch.to_pylist()))
+        yield from _numbered(path, _parquet_items(path))
     else:
         yield from _text_rows(path.name, path, path.open("rb"))
 
 
+def _parquet_items(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
+
+
 def _zip_rows(path: Path) -> Iterator[tuple[Place, Any]]:
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if Path(name).suffix in TEXT_SUFFIXES]
-        if len(names) != 1:
-            raise ValueError(
-                f"{path}: expected one .json, .jsonl or .csv file in it, found {len(names)}"
-            )
-        yield from _text_rows(names[0], path, archive.open(names[0]))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if Path(name).suffix in TEXT_SUFFIXES]
+            if len(names) != 1:
+                raise ValueError(
+                    f"{path}: expected one .json, .jsonl or .csv file in it, found {len(names)}"
+                )
+            yield from _text_rows(names[0], path, archive.open(names[0]))
+    # RuntimeError: it has a password; NotImplementedError: an unknown compression
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a readable zip file ({_first_line(error)})") from None
 
 
 def _text_rows(name: str, path: Path, binary: IO[bytes]) -> Iterator[tuple[Place, Any]]:
     """Rows of a .json, .jsonl or .csv file; the text of a .json file is read as a whole."""
-    with io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
+    # utf-8-sig: some programs begin a file with a byte order mark, which is no part of its text.
+    with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         try:
             if name.endswith(".jsonl"):
                 yield from _jsonl_rows(path, file)
             elif name.endswith(".csv"):
-                yield from _numbered(path, csv.reader(file))
+                numbered = _numbered(path, csv.reader(file))
+                yield from ((place, row) for place, row in numbered if row)
             else:
                 yield from _numbered(path, _json_list(path, file.read()))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}: not a readable csv file ({error})") from None
 
 
 def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Place, Any]]:
@@ -164,8 +186,8 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[Place, Any]]
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: row {number}: not valid JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: row {number}: not valid JSON ({_why(error)})") from None
         yield f"{path.name}:{number}", row
 
 
@@ -185,9 +207,25 @@ def _json_list(path: Path, text: str) -> Iterator[Any]:
                 at = _skip_space(text, at + 1)
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("expected ',' or ']'", text, at)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise ValueError(f"{path}: {where}: not valid JSON ({error.msg})") from None
+        at = _skip_space(text, at + 1)
+        if at < len(text):
+            raise json.JSONDecodeError("expected nothing after the list", text, at)
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = error.pos if isinstance(error, json.JSONDecodeError) else at
+        where = json.JSONDecodeError("", text, at)
+        place = f"line {where.lineno} column {where.colno}"
+        raise ValueError(f"{path}: {place}: not valid JSON ({_why(error)})") from None
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a JSON text, without a place."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 _SPACE = re.compile(r"\s*")
@@ -202,29 +240,48 @@ def _numbered(path: Path, items: Iterable[Any]) -> Iterator[tuple[Place, Any]]:
 
 
 def _hub_rows(source: str, hub: re.Match) -> Iterator[tuple[Place, Any]]:
+    file = first = None
     try:
         if hub["file"]:
             from huggingface_hub import hf_hub_download
 
-            yield from _file_rows(
-                Path(hf_hub_download(hub["id"], hub["file"], repo_type="dataset"))
-            )
-            return
-        from datasets import load_dataset
+            file = Path(hf_hub_download(hub["id"], hub["file"], repo_type="dataset"))
+        else:
+            from datasets import load_dataset
 
-        split = hub["split"] or "train"
-        items = iter(load_dataset(hub["id"], hub["config"], split=split, streaming=True))
-        first = next(items, None)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            split = hub["split"] or "train"
+            items = iter(load_dataset(hub["id"], hub["config"], split=split, streaming=True))
+            first = next(items, None)
+    # RuntimeError: a repository with a loading script; the network's libraries have errors of
+    # their own.
+    except Exception as error:
         raise OSError(
-            f"{source}: no such file here, and the hub does not give it ({why}); "
+            f"{source}: no such file here, and the hub does not give it ({_first_line(error)}); "
             'use a local copy instead: JSON lines of {"question": …, "answer": …}, or any layout '
             "that `python -m pydoc curation.formats` lists"
         ) from None
+    if file is not None:
+        yield from _file_rows(file)
     if first is not None:
         path = Path(hub["id"])
-        yield from _numbered(path, (item for part in ([first], items) for item in part))
+        yield from _numbered(path, _streamed(source, first, items))
+
+
+def _streamed(source: str, first: Any, items: Iterator[Any]) -> Iterator[Any]:
+    """The rows of a stream that can break off; its end is never taken for the end of the set."""
+    yield first
+    number = 1
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise OSError(
+                f"{source}: the hub broke off after row {number} ({_first_line(error)})"
+            ) from None
+        number += 1
+        yield item
 
 
 # ── question and answer ───────────────────────────────────────────────────────────────────────────
@@ -242,7 +299,8 @@ def question_answer(item: Any) -> tuple[str, str]:
     """
     if isinstance(item, list):
         if len(item) == 6 and all(isinstance(cell, str) for cell in item):
-            return with_options(item[0], item[1:5]), _option_letter(item[5].strip(), 4, "[5]")
+            question, *options = (_text_at(item, i) for i in range(5))
+            return with_options(question, options), _option_letter(item[5].strip(), 4, "[5]")
         return _text_at(item, 0, "value"), _text_at(item, 1, "ground_truth", "value")
     if not isinstance(item, dict):
         raise ValueError(
@@ -253,7 +311,7 @@ def question_answer(item: Any) -> tuple[str, str]:
     if "Correct Answer" in item:
         return _gpqa(item)
     options = item.get("options") or item.get("choices")
-    if isinstance(options, list):
+    if options:
         return _multiple_choice(item, options)
     if "messages" in item:
         return _last_user_message(item)
@@ -270,9 +328,13 @@ def _gpqa(item: Mapping[str, Any]) -> tuple[str, str]:
     return with_options(question, options), LETTERS[options.index(right)]
 
 
-def _multiple_choice(item: Mapping[str, Any], options: Sequence[Any]) -> tuple[str, str]:
+def _multiple_choice(item: Mapping[str, Any], options: Any) -> tuple[str, str]:
+    name = "options" if item.get("options") else "choices"
+    if not isinstance(options, list) or len(options) > len(LETTERS):
+        raise ValueError(f"field {name}: expected a list of options, found {options!r:.60}")
+    options = [_text_at(item, name, i) for i in range(len(options))]
     answer = item.get("answer")
-    if isinstance(answer, int) and 0 <= answer < len(LETTERS):
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
         letter = LETTERS[answer]
     else:
         letter = str(answer).strip()
@@ -281,9 +343,35 @@ def _multiple_choice(item: Mapping[str, Any], options: Sequence[Any]) -> tuple[s
 
 
 def _last_user_message(item: Mapping[str, Any]) -> tuple[str, str]:
-    by_user = [i for i, message in enumerate(item["messages"]) if message.get("role") == "user"]
+    messages = item["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(f"field messages: expected a list of objects, found {messages!r:.60}")
+    by_user = [i for i, message in enumerate(messages) if message.get("role") == "user"]
     last = by_user[-1] if by_user else 0
-    return _text_at(item, "messages", last, "content"), _text_at(item, "ground_truth")
+    question = without_examples(_text_at(item, "messages", last, "content"))
+    return question, _text_at(item, "ground_truth")
+
+
+_QUESTION = re.compile(r"^Question:[ \t]*", re.M)
+_NO_ANSWER = re.compile(r"\s*^Answer:\s*\Z", re.M)
+
+
+def without_examples(text: str) -> str:
+    """The question of a prompt with solved examples, each from "Question:" on: the last one. A text
+    that does not begin with "Question:" stays as it is.
+
+    >>> without_examples("Question: 1+1?\\n\\nAnswer: 2.\\n\\nQuestion: 2+3?\\n\\nAnswer:")
+    '2+3?'
+    >>> without_examples("Simplify.\\nQuestion: what is left?")
+    'Simplify.\\nQuestion: what is left?'
+    """
+    if not _QUESTION.match(text.lstrip()):
+        return text
+    *_, last = _QUESTION.finditer(text.lstrip())
+    question = _NO_ANSWER.sub("", text.lstrip()[last.end() :]).strip()
+    if not question:
+        raise ValueError("field messages: the question is empty")
+    return question
 
 
 STDIN_PROGRAM = (
@@ -307,18 +395,33 @@ def _programming_problem(item: Mapping[str, Any]) -> str:
 def _answer(item: Mapping[str, Any]) -> str:
     """The answer of a row with no special layout."""
     names = ("answer", "expected_answer", "final_answer")
-    name = next((name for name in names if item.get(name) is not None), "answer")
-    if name not in item and "solution" in item:
+    filled = [name for name in names if item.get(name) is not None]
+    usable = [name for name in filled if not is_placeholder(str(item[name]))]
+    if not usable and item.get("solution") is not None:
         solution = _text_at(item, "solution")
         boxed = extract(f"<answer>{solution}</answer>", require_boxed=True)
-        if not boxed:
+        if boxed:
+            return boxed
+        if not filled:
             raise ValueError(
                 "field solution: holds no \\boxed{} answer, and there is no field answer"
             )
-        return boxed
+    name = [*usable, *filled, "answer"][0]
     answer = _text_at(item, name)
     _, marker, last_line = answer.rpartition("\n#### ")
     return last_line.strip() if marker else answer
+
+
+_PLACEHOLDER = re.compile(r"\s*|not[\s_-]?found|n/a|nan|null", re.I)
+
+
+def is_placeholder(answer: str) -> bool:
+    """Whether a gold says that there is none, such as NuminaMath's `notfound`.
+
+    >>> [is_placeholder(gold) for gold in ("notfound", " ", "NaN", "0", "no solution")]
+    [True, True, True, False, False]
+    """
+    return _PLACEHOLDER.fullmatch(answer.strip()) is not None
 
 
 def refuse_twice(item: Any, place: Place, place_of_id: dict[str, Place]) -> None:
@@ -329,11 +432,16 @@ def refuse_twice(item: Any, place: Place, place_of_id: dict[str, Place]) -> None
 
 
 def tests(item: Any) -> dict[str, str]:
-    """The fields of a programming problem that hold its tests; {} for any other problem."""
+    """The fields of a programming problem that hold its tests; {} for any other problem. Raises
+    ValueError for a field that is not text."""
     if not (isinstance(item, dict) and "public_test_cases" in item):
         return {}
     names = ("public_test_cases", "private_test_cases", "metadata", "starter_code")
-    return {name: item.get(name) or "" for name in names}
+    found = {name: item.get(name) or "" for name in names}
+    for name, text in found.items():
+        if not isinstance(text, str):
+            raise ValueError(f"field {name}: expected text, found {text!r:.60}")
+    return found
 
 
 def with_options(question: str, options: Sequence[Any]) -> str:
@@ -358,13 +466,21 @@ def _text_at(item: Any, *steps: str | int) -> str:
             item = item[step]
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"field {_field_name(steps)} is missing") from None
-    if isinstance(item, float) and item.is_integer():
-        item = int(item)
-    if isinstance(item, int | float) and not isinstance(item, bool):
-        item = str(item)
-    if not isinstance(item, str) or not item.strip():
+    text = item
+    if isinstance(item, float) and math.isfinite(item):
+        text = str(int(item) if item.is_integer() else item)
+    elif isinstance(item, int) and not isinstance(item, bool):
+        text = str(item)
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"field {_field_name(steps)}: expected non-empty text, found {item!r:.60}")
-    return item
+    if _SURROGATE.search(text):
+        raise ValueError(
+            f"field {_field_name(steps)}: holds half of a surrogate pair, no character"
+        )
+    return text
+
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _field_name(steps: Sequence[str | int]) -> str:
