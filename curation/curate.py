@@ -15,7 +15,7 @@ r"""Make one file of training problems from many sources, as the paper does (§2
 | proof | "Prove that …" with nothing to find | "and proof-based problems" |
 | language | questions that are not in English; formulas do not count | English only (Fig. 11) |
 | against | problems of an evaluation set, and questions that share n-grams with one | |
-| gold | golds that cannot be parsed, or do not equal themselves | the rule-based reward (§2.1.2) |
+| gold | golds that cannot be parsed or do not equal themselves; `notfound` | the reward (§2.1.2) |
 | exact, ngram, embedding | repetitions of an earlier row (curation/dedupe.py) | first version |
 
 `removed.jsonl`, beside the output, holds every removed row with its pass, the reason, and the row
@@ -46,6 +46,16 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.table import Table
 
+from config import (
+    Count,
+    CountOrNone,
+    Positive,
+    PositiveShare,
+    Processes,
+    Seed,
+    Share,
+    validate_ranges,
+)
 from curation import dedupe, filters, formats, synthetic
 from curation.dedupe import Overlap, Row, Sketch
 from curation.files import progress_bar, write_all_atomically
@@ -114,42 +124,81 @@ class Recipe:
     embeddings: str = ""
     """Folder of a sentence-transformers model. With it, paraphrases are removed by the cosine
     similarity of their embeddings; empty: no such pass."""
-    cosine: float = 0.75
+    cosine: PositiveShare = 0.75
     """Smallest cosine similarity of paraphrases."""
 
     count_field: str = ""
     """Field with the number of right answers, e.g. num_correct, or ground_truth.pass_at_n in the
     authors' rows."""
-    count_of: float = 1.0
+    count_of: Positive = 1.0
     """Number of responses that count_field counts among; 1 if the field is a share."""
     rollouts: tuple[str, ...] = ()
     """Files or folders of graded responses, to count right answers in: JSON lines of a run's
     rollouts or of an evaluation."""
-    min_rate: float = 0.0
+    min_rate: Share = 0.0
     """Remove problems with a pass rate at or below this; 0: never solved (§2.1.1, which does not
     give its thresholds)."""
-    max_rate: float = 1.0
+    max_rate: Share = 1.0
     """Remove problems with a pass rate at or above this; 1: always solved (§2.1.1, as above)."""
-    hard: int = 0
+    hard: CountOrNone = 0
     """Keep only problems with fewer than this many right of --hard-of responses, never solved ones
     included (§2.1.1: 4); 0: off."""
-    hard_of: int = 64
+    hard_of: Count = 64
     """Number of responses that --hard refers to. A problem with fewer recorded responses is
     removed; one with more is judged by its share of right ones."""
 
     synthesize: tuple[str, ...] = ()
     """Reasoning tasks to generate with reasoning-gym, as name:count (§2.1.1;
     curation/synthetic.py)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated tasks."""
-    workers: int = 2
+    workers: Processes = 2
     """Number of processes that apply the rules, and of processes that check golds."""
 
 
 def check(cfg: Recipe) -> None:
     """Raise ValueError for settings that cannot work, before anything is read."""
+    validate_ranges(cfg)
     if not (cfg.inputs or cfg.synthesize):
         raise ValueError("no inputs: name files, folders or hub ids, or pass --synthesize")
+    for name in ("inputs", "against", "rollouts"):
+        sources = getattr(cfg, name)
+        twice = [source for k, source in enumerate(sources) if source in sources[:k]]
+        if twice:
+            raise ValueError(f"{name}: {twice[0]} is named twice")
+    tasks = [spec.partition(":")[0] for spec in cfg.synthesize]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--synthesize {' '.join(cfg.synthesize)}: name each task once")
+    if cfg.embeddings and not Path(cfg.embeddings).is_dir():
+        raise ValueError(f"--embeddings {cfg.embeddings}: no such folder")
+    _check_rates(cfg)
+    _check_out(cfg)
+
+
+def _check_rates(cfg: Recipe) -> None:
+    """Raise ValueError for settings of pass rates that have no effect or remove everything."""
+    rated = cfg.count_field or cfg.rollouts
+    needs = {
+        "cosine": (cfg.embeddings, "--embeddings"),
+        "count_of": (cfg.count_field, "--count-field"),
+        "hard": (rated, "--count-field or --rollouts"),
+        "hard_of": (cfg.hard, "--hard"),
+        "min_rate": (rated and not cfg.hard, "--count-field or --rollouts, or with --hard"),
+        "max_rate": (rated and not cfg.hard, "--count-field or --rollouts, or with --hard"),
+    }
+    default = Recipe()
+    for name, (given, needed) in needs.items():
+        if getattr(cfg, name) != getattr(default, name) and not given:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(cfg, name)}: has no effect without {needed}")
+    if cfg.min_rate >= cfg.max_rate:
+        raise ValueError(
+            f"--min-rate {cfg.min_rate} and --max-rate {cfg.max_rate} leave no rate between them"
+        )
+
+
+def _check_out(cfg: Recipe) -> None:
+    """Raise ValueError for an output that cannot be written or that is an input."""
     out = Path(cfg.out)
     sources = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
     overwritten = {out.resolve(), _removed_path(out).resolve()}
@@ -160,15 +209,6 @@ def check(cfg: Recipe) -> None:
         )
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
-    if cfg.embeddings and not Path(cfg.embeddings).is_dir():
-        raise ValueError(f"--embeddings {cfg.embeddings}: no such folder")
-    tasks = [spec.partition(":")[0] for spec in cfg.synthesize]
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"--synthesize {' '.join(cfg.synthesize)}: name each task once")
-    if cfg.workers < 1 or cfg.count_of <= 0 or cfg.hard < 0 or cfg.hard_of < 1:
-        raise ValueError(
-            "--workers, --count-of and --hard-of must be above 0, --hard must not be below 0"
-        )
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
@@ -297,16 +337,18 @@ def apply_rules(
 
 
 def find_bad_golds(rows: Sequence[Row], grader: Grader, progress: Progress) -> list[Removal]:
-    """Removals of the rows whose gold the grader cannot parse or does not find equal to itself."""
+    """Removals of the rows whose gold is a placeholder, or whose gold the grader cannot parse or
+    does not find equal to itself."""
     removed = []
     chunks = [rows[start : start + 100] for start in range(0, len(rows), 100)]
     for chunk in progress.track(chunks, description="golds, hundreds"):
         usable = grader.are_gradable([row.answer for row in chunk])
-        removed += [
-            Removal(row, "gold", "not parsed, or not equal to itself")
-            for row, is_usable in zip(chunk, usable, strict=True)
-            if not is_usable
-        ]
+        for row, is_usable in zip(chunk, usable, strict=True):
+            reason = filters.no_gold(row.answer)
+            if not is_usable:
+                reason = reason or "not parsed, or not equal to itself"
+            if reason:
+                removed.append(Removal(row, "gold", reason))
     return removed
 
 

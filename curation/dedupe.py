@@ -97,6 +97,19 @@ _SYMBOLS = {
 _FORMULA = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _CAPITALS = re.compile(r"(?<![\\A-Za-z])[A-Z]{2,5}(?![A-Za-z])")
+# With at most two levels of braces in numerator and denominator.
+_GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+_FRACTION = rf"\\[dtc]?frac\s*{_GROUP}\s*{_GROUP}"
+
+
+def _quotient(numerator: str, denominator: str) -> str:
+    r"""A fraction as it is typed in a line: `\frac{1}{29}` as 1/29, `\frac{a+b}{2}` as (a+b)/2."""
+    parts = (
+        f"({part})" if re.search(r"[-+/=]", part) else part for part in (numerator, denominator)
+    )
+    return f" {'/'.join(parts)} "
+
+
 # Applied in this order, after lower-casing.
 _REWRITES = [
     (re.compile(pattern, re.S), replacement)
@@ -117,7 +130,9 @@ _REWRITES = [
         ),
         (r"\\(?:begin|end)\s*\{[^{}]*\}(?:\s*\{[lcr| ]+\})?", " "),
         (r"\\(?:left|right|big+[lr]?|displaystyle|limits|nolimits)(?![a-z])\.?", " "),
-        (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac \1 \2 "),
+        (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 "),
+        (_FRACTION, lambda part: _quotient(part[1], part[2])),
+        (_FRACTION, lambda part: _quotient(part[1], part[2])),  # one inside another
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"(?<=\d)(?:,|\{,\}|\\,|,?\\!,?)(?=\d{3}(?!\d))", ""),
         (r"[\^_]\s*\{\s*\}", ""),
@@ -147,7 +162,7 @@ def clauses(question: str) -> list[list[str]]:
     token: `$AB$` is the same as `$A B$`.
 
     >>> clauses(r"7. Let $AB=\dfrac12$. Find $\left( 1,\!000 \right)x^{2}$.")
-    [['let', 'a', 'b', '=', '\\frac', '1', '2'], ['find', '(', '1000', ')', 'x', '^', '2']]
+    [['let', 'a', 'b', '=', '1', '/', '2'], ['find', '(', '1000', ')', 'x', '^', '2']]
     """
     text = _FORMULA.sub(lambda formula: _LETTERS.sub(_spaced, formula[0]), question)
     text = _CAPITALS.sub(_spaced, text)
@@ -247,15 +262,12 @@ Track = Callable[[Iterable], Iterable]  # yields the items that it is given and 
 def exact_duplicates(
     rows: Sequence[Row], sketches: Sequence[Sketch], grader: Grader, track: Track = iter
 ) -> list[Match]:
-    """Rows with the tokens and the gold of an earlier row.
-
-    The golds are compared too, because questions that differ in a picture have the same tokens.
-    """
+    """Rows with the tokens, the gold and similar pictures of an earlier row."""
     first: dict[int, int] = {}
     pairs = []
     for later, hashes in enumerate(track(sketches)):
         earlier = first.setdefault(hashes.exact, later)
-        if earlier != later:
+        if earlier != later and _similar_pictures(rows[earlier].question, rows[later].question):
             pairs.append((earlier, later, 1.0))
     return with_equal_golds(rows, pairs, grader)
 
@@ -376,15 +388,19 @@ def with_equal_golds(rows: Sequence[Row], pairs: Sequence[Pair], grader: Grader)
 
 
 def _similar_pictures(first: str, second: str) -> bool:
-    """Whether half of the words in two questions' drawings agree; true if one has no drawing."""
+    """Whether two questions' drawings have the same numbers and half of their words in common; true
+    if one has no drawing."""
     first_words, second_words = _drawing_words(first), _drawing_words(second)
     if not (first_words and second_words):
         return True
-    return jaccard(first_words, second_words) >= MIN_JACCARD
+    if numbers(first_words) != numbers(second_words):
+        return False
+    return jaccard(set(first_words), set(second_words)) >= MIN_JACCARD
 
 
-def _drawing_words(question: str) -> set[str]:
-    return {word for code in DRAWING.findall(question) for word in re.findall(r"\w+", code)}
+def _drawing_words(question: str) -> list[str]:
+    code = re.sub(r"(?<!\d)\.(?=\d)", "0.", " ".join(DRAWING.findall(question)))
+    return re.findall(r"\d+(?:\.\d+)?|[^\W\d]\w*", code)
 
 
 # ── overlap with evaluation sets ──────────────────────────────────────────────────────────────────

@@ -6,11 +6,13 @@ Each rule returns why the row should be removed, or "".
 |---|---|---|
 | `multiple_choice` | `(A) 1 (B) 2 (C) 3 (D) 4`; gold `(C)` | `f(A) + f(B) + f(C) + f(D)` |
 | `proof` | `Show that a + b > c.` | `Show that c exists and find its value.` |
+| `no_gold` | gold `notfound` | gold `0` |
 | `not_english` | `Calcula el perímetro de un cuadrado de lado $3$.` | `Compute $\sin 60^\circ$.` |
 | `extreme_rate` | 0 of 4 right, 4 of 4 right | 1 of 4 right |
 | `not_hard` | 4 of 64 right | 3 of 64 right, 0 of 64 right |
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -62,7 +64,13 @@ _PROVE = re.compile(
     r"(?:^|[.;:,!?\n)$]|\b(?:then|and|to|also|please))\s*(?:dis)?(?:prove|show|demonstrate)\b", re.I
 )
 _FIND = re.compile(
-    r"\?|\b(?:find|determine|compute|calculate|evaluate|solve|simplify|express|estimate|how|what)\b",
+    r"\?|\b(?:find|determine|compute|calculate|evaluate|solve|simplify|express|estimate|how|what)\b"
+    r"|\b(?:calculat|comput|determin|evaluat)ing\b"
+    # "and be calculated", but not "it can be calculated"
+    r"|\b(?:and|to|must|should) be (?:calculated|computed|determined|evaluated|found)\b"
+    # At the start of a clause only: "State the maximum", but not "a state".
+    r"|(?:^|[.;:,)\n$])\s*(?:(?:and|then|also|hence)\s+)*"
+    r"(?:give|identify|list|name|obtain|state|write)\b",
     re.I,
 )
 _PROVED = re.compile(r"(?:\\text\{)?\s*(?:proof|proved|proven|q\.?e\.?d\.?)\s*\}?\.?", re.I)
@@ -81,6 +89,11 @@ def proof(question: str, answer: str) -> str:
     if _PROVE.search(question) and not _FIND.search(question):
         return "asks for a proof alone"
     return ""
+
+
+def no_gold(answer: str) -> str:
+    """A gold that says that there is none, such as NuminaMath's `notfound`."""
+    return "the gold is a placeholder" if formats.is_placeholder(answer) else ""
 
 
 _FORMULA = re.compile(
@@ -151,6 +164,8 @@ def count_rollouts(paths: Iterable[str]) -> dict[str, tuple[float, int]]:
             try:
                 question = item["question"].strip()
                 reward = float(item["reward"])
+                if not math.isfinite(reward):
+                    raise ValueError(f"reward {reward}")
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{path}: {place}: not a graded response ({error!r})") from None
             right, responses = counts.get(question, (0.0, 0))
