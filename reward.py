@@ -58,14 +58,14 @@ def _grade(rollouts: list[Rollout], grader: Grader) -> list[float]:
 
 
 def _run_programs(rollouts: list[Rollout]) -> list[float]:
-    """1 for each program that passes its tests, else 0; sets `answer` and `timeout`."""
+    """1 for each program that passes its tests, else 0; sets `answer` and `timeout`. As for
+    mathematics, only the last closed `<answer>…</answer>` counts."""
     if not rollouts:
         return []
     from grading import programs  # only programming problems need the sandbox
 
     for r in rollouts:
-        inside_tags = r.text.rpartition("<answer>")[2].partition("</answer>")[0]
-        r.answer = programs.extract_program(inside_tags)
+        r.answer = programs.extract_program(programs.answer_content(r.text))
     tests = [programs.decode_tests(r.problem.tests) for r in rollouts]
     verdicts = programs.judge([r.answer for r in rollouts], tests)
     for r, verdict in zip(rollouts, verdicts, strict=True):

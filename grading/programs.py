@@ -5,13 +5,17 @@ r"""Judge programs that a language model wrote: does a program pass its tests?
                               └─▶ expected outputs ──────────────────────▶ equal? ─┴─▶ Verdict
 
 A program passes if it ends by itself with exit status 0 and the right output on every test. The
-expected outputs never enter the sandbox. How outputs are compared:
+expected outputs never enter the sandbox. Outputs are compared as LiveCodeBench's checker does it:
 
 | tests | equal | not equal |
 |---|---|---|
-| text, by lines, without white space at their ends | `a b`, `a b ` | `a b`, `a  b`; `yes`, `Yes` |
+| text, by lines, without white space at both ends | `a b`, ` a b ` | `a b`, `a  b`; `yes`, `Yes` |
 | lines of numbers, number by number, exactly | `0.50 2`, `.5  2.0` | `0.5`, `0.50000001` |
 | a function's JSON, by `==` | `[1, 2]`, `[1,2.0]`; `1`, `true` | `[1, 2]`, `[2, 1]`; `1`, `"1"` |
+
+Each step here that meets a response or an output takes time linear in its length, and memory for
+as many lines, words and values as the expected output has. The trainer waits for it, and no
+deadline ends it.
 
     python -m grading.programs     # does the sandbox work here, and how fast is it?
 """
@@ -28,14 +32,13 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 import tyro
 
 from grading import sandbox
 
-PROGRAM = 10  # the time limit of a whole program, in time limits of one test
 UNPACKED = 1 << 30  # bytes of a row's tests; a few kilobytes of zlib data can unpack to far more
 
 
@@ -67,6 +70,16 @@ class Verdict(NamedTuple):
 # ── extracting programs ───────────────────────────────────────────────────────────────────────────
 
 
+def answer_content(response: str) -> str:
+    """The content of the last closed `<answer>…</answer>`, "" if there is none: what
+    grading/extract.py takes an answer from."""
+    end = max(0, response.rfind("</answer>"))
+    start = response.rfind("<answer>", 0, end)
+    if start < 0:
+        return ""
+    return response[start + len("<answer>") : response.find("</answer>", start)]
+
+
 def extract_program(text: str) -> str:
     r"""The last fenced block of Python, "" if there is none.
 
@@ -76,27 +89,39 @@ def extract_program(text: str) -> str:
     | none of these, but ```` ``` ```` without a language | the last of them |
     | another language, or a fence that never closes | none |
 
-    A fence is on a line of its own, or with a tag: `<answer> ```python`, ```` ``` </answer> ````.
+    A block opens with a fence on a line of its own, or behind a tag: `<answer> ```python`. Only a
+    fence of Python opens one behind other text, too: ```` The code: ```python ````. A block ends at
+    the next line that begins with a fence; if that fence has a language, it opens another block.
 
     >>> extract_program("So:\n```python\nprint(1)\n```\nwhich prints\n```\n1\n```\n")
     'print(1)\n'
     """
-    last_python, last_unnamed = "", ""
+    blocks = {"python": "", "": ""}
     language, block = None, []
     for line in text.split("\n"):
-        fence = re.fullmatch(r"\s*(?:<\w+>)?\s*```\s*([\w+#-]*)\s*(?:</\w+>)?\s*", line)
+        opened = _opened_language(line)
         if language is None:
-            if fence:
-                language, block = fence[1].lower(), []
-        elif fence and not fence[1]:
-            if language in ("python", "python3", "py"):
-                last_python = "".join(block)
-            elif language == "":
-                last_unnamed = "".join(block)
-            language = None
+            language, block = opened, []
+        elif line.lstrip().startswith("```"):
+            blocks[language] = "".join(block)
+            language, block = opened or None, []
         else:
             block.append(line + "\n")
-    return last_python or last_unnamed
+    return blocks["python"] or blocks[""]
+
+
+def _opened_language(line: str) -> str | None:
+    """The language of the fence that ends this line, "python" for all names of it; None if no
+    block can open here."""
+    before, fence, name = line.rpartition("```")
+    before, language = before.strip(), name.strip().lower()
+    if not fence or not re.fullmatch(r"[\w+#-]*", language):
+        return None
+    own_line = not before or re.fullmatch(r"<\w+>", before)
+    next_to_fence = not language or not name[0].isspace()
+    if language in ("python", "python3", "py"):
+        return "python" if own_line or next_to_fence else None
+    return language if own_line and next_to_fence else None
 
 
 # ── reading tests ─────────────────────────────────────────────────────────────────────────────────
@@ -152,9 +177,20 @@ def _text(row: dict, field: str) -> str:
 
 def _json(field: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return _load_json(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"field {field}: not valid JSON ({error})") from None
+
+
+def _load_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_int=_exact_integer)
+
+
+def _exact_integer(digits: str) -> int | Decimal:
+    """The value of a decimal integer. int() takes quadratic time, and by default refuses more than
+    4,300 digits; a Decimal takes linear time and is equal to the same numbers."""
+    return int(digits) if len(digits) < 600 else Decimal(digits)
 
 
 def _cases(field: str, text: str) -> list[dict]:
@@ -208,10 +244,9 @@ def judge(
     """One verdict per program, `workers` programs at a time; the tests of a program run in order
     until one fails.
 
-    `seconds` is the wall-clock time of one test, with about 0.1 s for the sandbox and the
-    interpreter. All tests of a program together get `PROGRAM` times as much. An interrupt ends
-    the running programs after their current test, and starts no others. Raises ValueError if a
-    program has no tests, RuntimeError if there is no sandbox.
+    `seconds` is the wall-clock time of each test, with about 0.1 s for the sandbox and the
+    interpreter. An interrupt ends the running programs after their current test, and starts no
+    others. Raises ValueError if a program has no tests, RuntimeError if there is no sandbox.
 
     >>> squares = Tests(("3\\n", "-4\\n"), ("9\\n", "16\\n"))
     >>> judge(["print(int(input()) ** 2)", "print(9)"], [squares, squares])  # doctest: +SKIP
@@ -245,12 +280,10 @@ def _judge(
     if not program.strip():
         return Verdict(False, "no program")
     equal = _equal_values if tests.function else _equal_lines
-    due = time.monotonic() + PROGRAM * seconds
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), 1):
         if stop.is_set():
             return Verdict(False, "interrupted")
-        left = max(0.0, min(seconds, due - time.monotonic()))
-        reason, output = sandbox.run(program, tests.function, given, left, memory_mb)
+        reason, output = sandbox.run(program, tests.function, given, seconds, memory_mb)
         if reason:
             return Verdict(False, reason)
         if not equal(expected, output):
@@ -259,43 +292,52 @@ def _judge(
 
 
 def _equal_values(expected: str, output: str) -> bool:
-    value = json.loads(expected)
+    """Whether two JSON texts have equal values. The second may be the program's own, not only what
+    the sandbox writes: it is parsed only if it has as many values as the first.
+
+    >>> _equal_values("[1, true]", "[1.0, 1]"), _equal_values("[1, 2]", "[2, 1]")
+    (True, False)
+    """
+    value = _load_json(expected)
+    written = json.dumps(value, default=str)
+    if any(written.count(mark) != output.count(mark) for mark in "[{,"):
+        return False
     try:
-        return bool(json.loads(output) == value)
+        return bool(_load_json(output) == value)
     except (ValueError, RecursionError):  # the output is not JSON, or nested too deeply to parse
         return False
 
 
 def _equal_lines(expected: str, output: str) -> bool:
-    r"""Whether all lines are equal, as text or number by number. White space at the ends of lines
-    and at the end of the text does not count.
+    r"""Whether all lines are equal, as text or number by number. White space at both ends of the
+    text and of each line does not count.
 
-    >>> _equal_lines("1 2\n0.50\n", "1 2 \n.5"), _equal_lines("1 2\n", "1\n2\n")
+    >>> _equal_lines("1 2\n0.50\n", "\n 1 2 \n.5"), _equal_lines("1 2\n", "1\n2\n")
     (True, False)
     >>> _equal_lines("0.5", "0.5000001")
     False
     """
-    expected_lines, output_lines = _lines(expected), _lines(output)
-    if len(expected_lines) != len(output_lines):
+    expected, output = expected.strip(), output.strip()
+    if expected.count("\n") != output.count("\n"):
         return False
-    return all(
-        expected_line == output_line or _equal_numbers(expected_line, output_line)
-        for expected_line, output_line in zip(expected_lines, output_lines, strict=True)
-    )
+    pairs = zip(expected.split("\n"), output.split("\n"), strict=True)
+    return all(_equal_line(first.strip(), second.strip()) for first, second in pairs)
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,4})?", re.ASCII)
-
-
-def _equal_numbers(expected: str, output: str) -> bool:
-    expected_words, output_words = expected.split(), output.split()
-    if not all(_NUMBER.fullmatch(word) for word in expected_words + output_words):
+def _equal_line(expected: str, output: str) -> bool:
+    """Whether two lines are the same text, or the same number of equal numbers. A number is what
+    Python's Decimal takes, as in LiveCodeBench's checker: also `1e9`, `inf`, `1_000`."""
+    if expected == output:
+        return True
+    expected_words = expected.split()
+    output_words = output.split(None, len(expected_words))  # at most one more
+    if len(expected_words) != len(output_words):
         return False
-    return [Decimal(word) for word in expected_words] == [Decimal(word) for word in output_words]
+    try:
+        pairs = zip(expected_words, output_words, strict=True)
+        return all(Decimal(first) == Decimal(second) for first, second in pairs)
+    except InvalidOperation:  # a word is no number
+        return False
 
 
 # ── the self-test ─────────────────────────────────────────────────────────────────────────────────

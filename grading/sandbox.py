@@ -4,7 +4,7 @@ Each run has a sandbox of its own, which grading/sandbox_child.py builds:
 
 | resource | limit |
 |---|---|
-| files | read: the interpreter, its library, the system's libraries; write: `/tmp`, empty, 64 MiB |
+| files | read: Python, its library, system libraries, its own input; write: `/tmp`, 64 MiB, empty |
 | network | an empty network namespace, and no sockets |
 | processes | one, with at most 32 threads; it cannot fork and sees no other process |
 | memory | `memory_mb` of address space, and the files in `/tmp` |
@@ -137,8 +137,7 @@ def _failure(status: int, errors: str) -> str:
         return ""
     if status == 128 + signal.SIGXCPU:
         return "time limit"
-    lines = errors.strip().splitlines()
-    last = lines[-1] if lines else ""
+    last = errors.strip().rpartition("\n")[2]
     if last.startswith("MemoryError"):
         return "memory limit"
     if not last and status > 128:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import re
 import signal
 import socket
@@ -15,9 +16,11 @@ import textwrap
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,10 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
         (RIGHT, SQUARE, ""),
         ("print(9)", SQUARE, "wrong answer on test 2"),
         ("print(int(input()) ** 2)\nexit(0)\nprint(1)", SQUARE, ""),
-        ("print(int(input()) ** 2); exit(3)", SQUARE, "error: exit status 3"),
+        ("print(int(input()) ** 2); exit(3)", SQUARE, ""),
+        ("print(int(input()) ** 2); exit('no good')", SQUARE, ""),
+        ("print(9); exit(0)", SQUARE, "wrong answer on test 2"),
+        ("import os; print(9, flush=True); os._exit(3)", SQUARE, "error: exit status 3"),
         (
             "import os; print(int(input()) ** 2, flush=True); os.kill(os.getpid(), 11)",
             SQUARE,
@@ -73,7 +79,15 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
             "",
         ),
         ("for line in open(0): print(line, end='')", Cases(("a\nb\n",), ("a\nb",)), ""),
+        ("for line in open('/dev/stdin'): print(line, end='')", Cases(("a\nb\n",), ("a\nb",)), ""),
+        (
+            "a = open('/dev/stdin').read()\n"
+            "print(len(a), a == open('/dev/stdin').read() == input())",
+            Cases(("1 " * 3_000_000,), ("6000000 True",)),
+            "",
+        ),
         ("print('x ' * 3)", Cases(("",), ("x x x",)), ""),
+        ("print('\\n\\n  a\\n\\n  b')", Cases(("",), ("a\n \n b",)), ""),
         ("print(1.50, 2)", Cases(("",), ("1.5 2.0",)), ""),
         ("print(1.5000001)", Cases(("",), ("1.5",)), "wrong answer on test 1"),
         ("print('1\\n2')", Cases(("",), ("1 2",)), "wrong answer on test 1"),
@@ -83,6 +97,33 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
             "print(pow(2, 10, 1000), gcd(4, 6), Counter('aab')['a'], deepcopy([1]))",
             Cases(("",), ("24 2 2 [1]",)),
             "",
+        ),
+        (
+            "print(datetime.date(2020, 1, 2), bisect.bisect_left([1], 2), copy.deepcopy([1]))\n"
+            "print(statistics.mean([1, 3]), mode([1, 1]), dumps([1]), json.loads('[2]'))\n"
+            "print(randint(3, 3), random.choice([4]), re.sub('a', 'b', 'a'), match('a', 'b'))\n"
+            "print(StringIO('x').read(), io.StringIO('y').read(), ascii_lowercase[:2])\n"
+            "print(string.digits, timedelta(1).days, stdin is sys.stdin, maxsize > 0)\n"
+            "print(heapq.nsmallest(1, [2, 1]), itemgetter(0)([5]), List[int], fabs(-1))",
+            Cases(
+                ("",),
+                (
+                    "2020-01-02 1 [1]\n2 1 [1] [2]\n3 4 b None\nx y ab\n0123456789 1 True True\n"
+                    "[1] 5 typing.List[int] 1.0",
+                ),
+            ),
+            "",
+        ),
+        (
+            "n = int(input())\nprint(n * n)",
+            Cases(("1" + "0" * 20_000,), ("1" + "0" * 40_000,)),
+            "",
+        ),
+        (
+            "print(10 ** 50_000)",
+            OK,
+            "error: ValueError: Exceeds the limit (50000 digits) for "
+            "integer string conversion; use sys.set_int_max_str_digits() to increase the limit",
         ),
         (
             "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(40_000))",
@@ -129,6 +170,18 @@ def test_stdin(program: str, tests: Cases, reason: str) -> None:
         ("def add(a, b):\n    print([3, 4])\n    return [3, 5]", [3, 4], "wrong answer on test 1"),
         ("def add(a, b): print([3, 4])", [3, 4], "wrong answer on test 1"),
         ("def add(a, b):\n    print('so', a)\n    return [3, 4]", [3, 4], ""),
+        ("def add(a, b): return [(1, 2), [(3,)]]", [[1, 2], [[3]]], ""),
+        ("def add(a, b): return True", 1, ""),
+        ("def add(a, b): return [3.0, 4]", [3, 4], ""),
+        ("def add(a, b): return '[,{'", "[,{", ""),
+        ("def add(a, b): return {'x': [3, 4], 'y': {}}", {"y": {}, "x": [3, 4]}, ""),
+        (
+            "def add(a, b): return add",
+            [3, 4],
+            "error: TypeError: Object of type function is not JSON serializable",
+        ),
+        ("def add(a, b): print(1); exit()", [3, 4], "wrong answer on test 1"),
+        ("def add(a, b): exit(1)", [3, 4], "error: exit status 1"),
         ("def add(a, b): return 'é'", "é", ""),
         ("def add(a, b): return None", None, ""),
         ("def add(a, b): return float('nan')", [3, 4], "wrong answer on test 1"),
@@ -170,6 +223,26 @@ def test_function(program: str, result: object, reason: str | None) -> None:
 
 
 @needs_sandbox
+def test_functions_of_long_integers() -> None:
+    """As in LiveCodeBench's checker, up to 50,000 digits."""
+    given, product = "1" + "0" * 20_000, "1" + "0" * 40_000
+    tests = Cases((f"{given}\n{given}",), (f"[{product}, 1]",), "multiply")
+    assert verdict("def multiply(a, b): return [a * b, 1]", tests).passed
+    wrong = verdict("def multiply(a, b): return [a * b + 1, 1]", tests)
+    assert wrong.reason == "wrong answer on test 1"
+    assert (
+        decode_tests(
+            {
+                "public_test_cases": cases("functional", (tests.inputs[0], tests.outputs[0])),
+                "private_test_cases": "[]",
+                "metadata": '{"func_name": "multiply"}',
+            }
+        )
+        == tests
+    )
+
+
+@needs_sandbox
 def test_a_verdict_does_not_depend_on_the_order_of_hashes() -> None:
     order = "print(list({'a', 'b', 'c', 'd', 'e', 'f'}))"
     printed = {sandbox.run(order, "", "", 6.0, 512)[1] for _ in range(4)}
@@ -183,14 +256,28 @@ def test_many_programs_in_order() -> None:
     assert [v.passed for v in judge(programs, tests)] == [i % 3 != 0 for i in range(12)]
 
 
+def test_each_test_of_a_program_has_the_whole_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tests there are, as in LiveCodeBench's checker."""
+    now, limits = 0.0, []
+
+    def run(*arguments: object) -> tuple[str, str]:
+        nonlocal now
+        now += 6.0
+        limits.append(arguments[3])
+        return "", "ok"
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(sandbox, "unavailable", lambda: "")
+    monkeypatch.setattr(sandbox, "run", run)
+    assert verdict("slow", Cases(("",) * 40, ("ok",) * 40), seconds=6.0) == (True, "")
+    assert limits == [6.0] * 40
+
+
 @needs_sandbox
-def test_all_tests_of_a_program_share_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "PROGRAM", 1.5)
-    slow = "import time; time.sleep(0.6); print('ok')"
-    start = time.monotonic()
-    assert verdict(slow, Cases(("",) * 20, ("ok",) * 20), seconds=1.0) == (False, "time limit")
-    assert time.monotonic() - start < 3
-    assert verdict(slow, Cases(("",), ("ok",)), seconds=6.0) == (True, "")
+def test_the_time_limit_is_of_one_test() -> None:
+    program = "import time; time.sleep(float(input())); print('ok')"
+    assert verdict(program, Cases(("0.9",) * 4, ("ok",) * 4), seconds=3.0) == (True, "")
+    assert verdict(program, Cases(("0", "9"), ("ok", "ok")), seconds=3.0) == (False, "time limit")
 
 
 @needs_sandbox
@@ -304,7 +391,9 @@ HOSTILE = {
         """,
     "change the input": """
         import os
-        for change in (lambda: os.write(0, b'x'), lambda: os.ftruncate(0, 1 << 24)):
+        for change in (lambda: os.write(0, b'x'), lambda: os.ftruncate(0, 1 << 24),
+                       lambda: open('/dev/stdin', 'w'), lambda: os.chmod('/dev/stdin', 0o666),
+                       lambda: os.remove('/dev/stdin'), lambda: os.rename('/dev/stdin', 'x')):
             try: change(); print('ok')
             except OSError: pass
         """,
@@ -615,7 +704,7 @@ def test_the_files_in_the_sandbox() -> None:
     found = json.loads(output)
     devices = [f"/dev/{name}" for name in ("null", "random", "urandom", "zero")]
     listed = set(found.pop("listed")) - {"/etc/ld.so.cache"}
-    assert listed == {*devices, found.pop("python")}
+    assert listed == {*devices, "/dev/stdin", found.pop("python")}
     read_only = os.ST_RDONLY | os.ST_NOSUID
     assert found == {
         "writable": ["/tmp"],
@@ -791,6 +880,146 @@ def test_a_sandbox_that_nobody_ends_ends_itself(mark: str) -> None:
     assert all_end(mark, 10.0)
 
 
+# ── comparing outputs ─────────────────────────────────────────────────────────────────────────────
+
+
+def equal_for_the_checker(expected: str, output: str) -> bool:
+    """LiveCodeBench's rule for printed outputs, in other words than grading/programs.py."""
+    lines = [[line.strip() for line in text.strip().split("\n")] for text in (expected, output)]
+    if len(lines[0]) != len(lines[1]):
+        return False
+    for pair in zip(*lines, strict=True):
+        if pair[0] != pair[1]:
+            try:
+                numbers = [[Decimal(word) for word in line.split()] for line in pair]
+                if numbers[0] != numbers[1]:
+                    return False
+            except InvalidOperation:
+                return False
+    return True
+
+
+def test_outputs_are_compared_by_the_rule_of_the_checker() -> None:
+    words = (
+        "1 1.0 +1 01 1e0 10E-1 １ 1_0 10 -0 0 inf Infinity nan NaN sNaN a A 0x1 1. . 1e999999999 "
+        "1e99999999999999999999"
+    ).split()
+    spaces = [" ", "  ", "\n", " \n", "\n\n", "\t", "\r\n", "\u3000", ""]
+    rng = random.Random(0)
+    compared = Counter()
+    for _ in range(20_000):
+        expected = [part for _ in range(3) for part in (rng.choice(spaces), rng.choice(words))]
+        output = [*expected, rng.choice(spaces)]
+        for place in rng.sample(range(6), 2):
+            output[place] = rng.choice(words if place % 2 else spaces)
+        texts = "".join(expected), "".join(output)
+        found = equal_for_the_checker(*texts)
+        assert programs._equal_lines(*texts) is found, texts
+        compared[found] += 1
+    assert min(compared.values()) > 1000
+
+
+@pytest.mark.parametrize(
+    ("expected", "output", "equal"),
+    [
+        ("[1, 2]", "[1,2.0]", True),
+        ("[1, 2]", "[2, 1]", False),
+        ("1", "true", True),
+        ("1", '"1"', False),
+        ('"a, b"', '"a, b"', True),
+        ('["\\u002c"]', '[","]', True),
+        ('{"a": 1, "b": [2]}', '{"b": [2], "a": 1}', True),
+        ("9" * 5000, "9" * 5000, True),
+        ("9" * 5000, "9" * 4999 + "8", False),
+        ("1" + "0" * 300, "1e300", False),
+        (str(int(1e300)), "1e300", True),
+        ("1e300", str(int(1e300)), True),
+        ("null", "", False),
+        ("null", "nul", False),
+        ("[" * 500 + "]" * 500, "[" * 500 + "]" * 500, True),
+        ("[]", "[" * 100_000, False),
+    ],
+)
+def test_values_are_compared(expected: str, output: str, equal: bool) -> None:
+    assert programs._equal_values(expected, output) is equal
+
+
+def seconds_of_processor(function: Callable, *arguments: object) -> float:
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
+
+# What a model or its program may repeat.
+REPEATED = [
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    "\v",
+    "`",
+    "```",
+    "```\n",
+    "```a ",
+    "<",
+    "<a",
+    "<a>",
+    ">",
+    "#",
+    "_",
+]
+REPEATED += [
+    "a",
+    "1",
+    "1 ",
+    "1\n",
+    "1e",
+    "0",
+    ".",
+    "-",
+    "+",
+    "[",
+    "[]",
+    "{",
+    '{"":',
+    ",",
+    "1,",
+    '"',
+]
+REPEATED += [
+    "\\",
+    "\\u0041",
+    "é",
+    "１",
+    "\u2028",
+    "\0",
+    "\ud800",
+    "\U0001f600",
+    "<answer>",
+    "</answer>",
+]
+
+
+@pytest.mark.parametrize("size", [1 << 20, 16 << 20])
+def test_long_texts_take_linear_time(size: int) -> None:
+    """None holds the trainer. A quadratic step would take minutes for a megabyte."""
+    shapes = [("", "x"), ("```python\n", "\n```"), ("<answer>", "</answer>"), ("[", "]"), ("x", "")]
+    repeated = REPEATED if size == 1 << 20 else ["1", " ", "\n", "[]", "1 "]
+    for part in repeated:
+        for before, after in shapes[: 5 if size == 1 << 20 else 1]:
+            text = before + part * (size // len(part)) + after
+            limit = 3.0 * size / (1 << 20)
+            for function in (extract_program, programs.answer_content):
+                assert seconds_of_processor(function, text) < limit, (part, before)
+            for expected in ("1 2\n3", "1", "1." + "0" * 100):
+                spent = seconds_of_processor(programs._equal_lines, expected, text)
+                assert spent < limit, (part, before)
+            for expected in ("[1, 2]", "[[], []]", "1" * 5000, '"a"'):
+                spent = seconds_of_processor(programs._equal_values, expected, text)
+                assert spent < limit, (part, before)
+            assert seconds_of_processor(sandbox._failure, 1, text) < limit, (part, before)
+
+
 # ── extracting programs, reading tests ────────────────────────────────────────────────────────────
 
 
@@ -808,7 +1037,18 @@ def test_a_sandbox_that_nobody_ends_ends_itself(mark: str) -> None:
         ("```python\nx = 'so ``` it is'\n```", "x = 'so ``` it is'\n"),
         ("so <b>\n<answer>```python\na\n```</answer>", "a\n"),
         ("<answer> ```python\na\n``` </answer>", "a\n"),
-        ("use ```x``` or ```python\na\n```", ""),
+        ("use ```x``` or ```python\na\n```", "a\n"),
+        ("The code: ```python\na\n```", "a\n"),
+        ("1. ```Python3  \na\n```\nThat is all ```python", "a\n"),
+        ("```python\na\n``` It works.\n```\n1\n```", "a\n"),
+        ("``` python\na\n```", "a\n"),
+        ("It is ```python``` code:\n```python\na\n```", "a\n"),
+        ("The ```x``` python\n```\na\n```", "a\n"),
+        ("See ```\n```\na\n```", "a\n"),
+        ("```python\na\n```python\nb\n```", "b\n"),
+        ("```python\na\n```text\n1\n```", "a\n"),
+        ("```\n1\n```python\na\n```", "a\n"),
+        ("```python\na  # as ```python\n```", "a  # as ```python\n"),
         ("```bash\nls\n```", ""),
         ("```python\na", ""),
         ("print(1)", ""),
