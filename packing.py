@@ -18,6 +18,7 @@ Attention is causal inside a sequence and blind between sequences. No [T × T] m
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -161,14 +162,14 @@ def _micro_batch(
     )
 
 
-def pack_token_ids(sequences: Sequence[Sequence[int]]) -> MicroBatch:
+def pack_token_ids(sequences: Sequence[Sequence[int]], device: str = "cpu") -> MicroBatch:
     """One pack of whole sequences, in which every token but a sequence's first is an action."""
     rollouts = []
     starts = [0]
     for first, *rest in sequences:
         rollouts.append(Rollout(Problem("", "", "", (first,)), rest, [], "", ""))
         starts.append(starts[-1] + len(rest))
-    return _micro_batch(rollouts, range(len(rollouts)), starts, "cpu")
+    return _micro_batch(rollouts, list(range(len(rollouts))), starts, device)
 
 
 def _filler(micro: MicroBatch) -> MicroBatch:
@@ -235,7 +236,7 @@ def packed_attention(
     A token sees itself and the `sliding_window` − 1 tokens before it; `softcap` c turns a score s
     into c · tanh(s / c); `s_aux` (heads,) are sinks, a further score in every softmax.
     """
-    _require_known(attention_mask, others)
+    _require_known(module, attention_mask, others)
     num_seqs, num_tokens = len(cu_seqlens) - 1, query.shape[2]
     place = torch.arange(num_tokens, device=query.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, place, right=True) - 1
@@ -304,16 +305,36 @@ def check_against_own_forward(
         )
 
 
+@torch.no_grad()
+def attention_windows(model: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer's attention, None for one that sees all, as far as a model
+    without numbers (on torch's device "meta") can be run on a small pack."""
+    windows: list[int | None] = []
+
+    def record(module: torch.nn.Module, *states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
+        windows.append(arguments.get("sliding_window"))
+        return packed_attention(module, *states, **arguments)
+
+    AttentionInterface.register("recorded", record)
+    model.set_attn_implementation("recorded")
+    micro = pack_token_ids([[0] * length for length in CHECK_LENGTHS], "meta")
+    with suppress(RuntimeError):  # routing to experts needs numbers
+        hidden_states(model, micro)
+    return windows
+
+
 # Arguments of transformers' attention functions that cannot change the result here.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
 HARMLESS |= {"output_router_logits", "return_dict", "cache_position"}
 
 
-def _require_known(attention_mask: Tensor | None, others: dict[str, Any]) -> None:
+def _require_known(
+    module: torch.nn.Module, attention_mask: Tensor | None, others: dict[str, Any]
+) -> None:
     """Raise ValueError when a model asks for more than `packed_attention` computes."""
     if attention_mask is not None:
         raise ValueError("packed attention: the model makes an attention mask of its own")
-    if others.get("is_causal") is False:
+    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError("packed attention: the model's attention is not causal")
     for name, argument in others.items():
         known = name in HARMLESS or name == "is_causal" or (name == "dropout" and argument == 0)

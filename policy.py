@@ -19,8 +19,8 @@ WHOLE = Sharding()
 
 
 class LogitsTransform(NamedTuple):
-    """What a model does to the output x = W h + b of its head: its logits are scale · x, soft-capped
-    to cap · tanh(scale · x / cap) where there is a cap."""
+    """What a model does to the output x = W h + b of its head: its logits are scale · x, and where
+    there is a cap, cap · tanh(scale · x / cap)."""
 
     scale: float = 1.0
     cap: float | None = None

@@ -1,5 +1,6 @@
 """Everything that is refused before a weight is loaded, and what a run needs besides weights."""
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from safetensors import SafetensorError
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ import checkpoint
 import data
 import distributed
 from checkpoint import Checkpoint
-from config import Config, validate_ranges
+from config import BatchSettings, Config, validate_ranges
 from critic import critic_class, value_head
 from curation import formats
 from data import Problem
@@ -89,10 +90,10 @@ def validate_settings(cfg: Config) -> None:
     """Refuse settings that cannot work or that would have no effect: ValueError with the flag, its
     value and what to change."""
     validate_numbers(cfg)
+    validate_sampler(cfg)
     ranks = distributed.world_size()
-    for name in ("replicas", "tensor_parallel"):
-        why = f"does not divide the {ranks} ranks; start with torchrun"
-        _require(ranks % getattr(cfg, name) == 0, cfg, name, why)
+    why = f"does not divide the {ranks} ranks; start with torchrun"
+    _require(ranks % cfg.replicas == 0, cfg, "replicas", why)
     _validate_effects(cfg)
     _validate_choices(cfg)
 
@@ -114,7 +115,18 @@ def validate_numbers(cfg: Config) -> None:
     _require(cfg.micro_tokens >= longest, cfg, "micro_tokens", why)
 
 
-def _require(condition: bool, cfg: Config, name: str, why: str) -> None:
+def validate_sampler(cfg: BatchSettings) -> None:
+    """Refuse a sampler that is not installed, or that the ranks cannot share; evaluate.py, too."""
+    ranks = distributed.world_size()
+    why = f"does not divide the {ranks} ranks; start with torchrun"
+    _require(ranks % cfg.tensor_parallel == 0, cfg, "tensor_parallel", why)
+    if cfg.engine == "vllm" and find_spec("vllm") is None:
+        raise ValueError(
+            "--engine vllm: vLLM is not installed here; install it, or pass --engine transformers"
+        )
+
+
+def _require(condition: bool, cfg: BatchSettings, name: str, why: str) -> None:
     if not condition:
         raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
 
@@ -152,10 +164,6 @@ def _validate_effects(cfg: Config) -> None:
 
 def _validate_choices(cfg: Config) -> None:
     """Refuse flags that need something that is missing, or that exclude each other."""
-    if cfg.engine == "vllm" and find_spec("vllm") is None:
-        raise ValueError(
-            "--engine vllm: vLLM is not installed here; install it, or pass --engine transformers"
-        )
     if cfg.overwrite and cfg.resume:
         raise ValueError("--overwrite would remove what --resume goes on from; pass one of them")
     if cfg.model not in tiny.TASKS and not (cfg.data or cfg.replay):
@@ -443,8 +451,6 @@ def require_trainable(config: Any, longest: int, path: str, with_critic: bool = 
     parts = set(type(config).sub_configs) - {"attn_config", "ffn_config"}
     if parts:
         refuse(f"it has parts beside a language model ({', '.join(sorted(parts))})")
-    if getattr(config, "is_decoder", True) is False:
-        refuse("its attention is not causal")
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     layer_types = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if model_class._is_stateful or layer_types - SPARSE_LAYERS:
@@ -452,13 +458,13 @@ def require_trainable(config: Any, longest: int, path: str, with_critic: bool = 
     if layer_types:
         refuse(f"its layers of type {', '.join(sorted(layer_types))} are not supported")
     if not model_class._supports_attention_backend:
-        refuse("transformers gives it no exchangeable attention")
+        refuse("its attention cannot be exchanged for that of packed sequences")
     _require_length_independence(config, longest, refuse)
     try:
         _run_without_weights(config, longest)
         if with_critic and not hasattr(_without_weights(critic_class(config), config), "score"):
             raise ValueError("its sequence classifier has no linear value head")
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
         refuse(f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
@@ -485,7 +491,8 @@ def _without_weights(model_class: Any, config: Any) -> PreTrainedModel:
     """A model whose weights have shapes and no numbers (torch's device "meta")."""
     build = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
-        return build(copy.deepcopy(config), attn_implementation="packed", dtype=torch.float32)
+        model = build(copy.deepcopy(config), attn_implementation="packed", dtype=torch.float32)
+    return model.eval()
 
 
 def _run_without_weights(config: Any, longest: int) -> None:
@@ -494,9 +501,7 @@ def _run_without_weights(config: Any, longest: int) -> None:
     model = _without_weights(AutoModelForCausalLM, config)
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         raise ValueError("it has no linear vocabulary head")
-    windows: list[int | None] = []
-    with contextlib.suppress(RuntimeError):  # numbers were needed
-        windows = attention_windows(model)
+    windows = attention_windows(model)
     layer_types = getattr(config, "layer_types", None) or []
     for layer_type, window in zip(layer_types, windows, strict=False):
         if layer_type == "sliding_attention" and window is None and config.sliding_window < longest:
