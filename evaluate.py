@@ -12,6 +12,7 @@ Template, sampler, stop strings and grader are those of the training. The paper'
 unless told otherwise. A call that was interrupted continues where it stopped when it is made again.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
@@ -30,12 +31,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import TextColumn
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import data
 import distributed
 import preflight
-from config import BatchSettings, hub_id
+from config import LARGE, BatchSettings, Count, CountOrNone, PositiveShare, hub_id, validate_ranges
 from curation import formats
 from curation.files import progress_bar, write_atomically
 from data import Problem
@@ -48,11 +49,12 @@ from rollout import (
     Rollout,
     VllmSampler,
     gather_rollouts,
-    load_rollouts,
     open_sampler,
     sample_responses,
     transcript,
 )
+
+FINISH_REASONS = ("stop", "length")  # another one would count as cut off, with reward 0
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ class Evaluation(BatchSettings):
     """Grade these recorded responses instead: rows with a response (response, pred) and a gold
     answer (gold, answer), and optionally problem, set, finish, tokens and a label to compare with
     (expected)."""
-    samples: int = 16
+    samples: Count = 16
     """Responses per problem (§3.1: 16)."""
-    limit: int = 0
+    limit: CountOrNone = 0
     """Only so many problems of each set, evenly spaced; 0: all."""
     out: str = "evals"
     """Folder of results: <out>/<model>/ holds settings, every response and results.json."""
     overwrite: bool = False
     """Begin again where there are results under other settings."""
-    vllm_memory: float = 0.85
+    vllm_memory: PositiveShare = 0.85
     """Share of the GPU's memory that vLLM may take; no model trains beside it."""
 
 
@@ -87,47 +89,48 @@ def main() -> None:
     cfg = tyro.cli(Evaluation, description=__doc__, prog="evaluate.py")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    distributed.start(cfg.timeout_minutes, alone=False)  # samplers need no group of their own
-    grader = Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
-    width = None if sys.stdout.isatty() else 120  # a file has no width of its own
-    quiet = distributed.rank() > 0
-    console = Console(highlight=False, soft_wrap=True, quiet=quiet, width=width)
     try:
-        with grader:
+        validate_ranges(cfg)
+        torch.set_num_threads(cfg.threads or torch.get_num_threads())
+        distributed.start(cfg.timeout_minutes, alone=False)  # samplers need no group of their own
+        validate_settings(cfg)
+        width = None if sys.stdout.isatty() else 120  # a file has no width of its own
+        quiet = distributed.rank() > 0
+        console = Console(highlight=False, soft_wrap=True, quiet=quiet, width=width)
+        with Grader(cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed) as grader:
             if cfg.responses:
                 console.print(grade_recorded(cfg, grader))
             else:
-                validate_settings(cfg)
                 run_benchmarks(cfg, grader, console)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}" if distributed.rank() == 0 else 1)
     distributed.stop()
 
 
-POSITIVE = (
-    "samples",
-    "temperature",
-    "top_p",
-    "prompt_tokens",
-    "response_tokens",
-    "max_num_seqs",
-    "tensor_parallel",
-)
-
-
 def validate_settings(cfg: Evaluation) -> None:
     """Refuse what cannot work: ValueError with the flag, its value and what to change."""
-    for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(cfg, name)}: must be above 0")
+    if cfg.responses:
+        if cfg.model or cfg.benchmarks:
+            raise ValueError(
+                "--responses grades without a model; leave out --model and --benchmarks"
+            )
+        return
     if not cfg.model or not cfg.benchmarks:
         raise ValueError("pass --model and --benchmarks, or --responses; --help explains them")
+    preflight.validate_sampler(cfg)
     if len(cfg.model) > 1 and distributed.world_size() > 1:
         raise ValueError(
             "--model: under torchrun one model a call; calls with one --out share a table"
         )
+    folders: dict[Path, str] = {}
+    for model in cfg.model:
+        folder = _folder(cfg, model)
+        if folder in folders:
+            raise ValueError(
+                f"--model {folders[folder]} and {model}: both write {folder}; evaluate them with "
+                "different --out"
+            )
+        folders[folder] = model
 
 
 # ── models on benchmarks ──────────────────────────────────────────────────────────────────────────
@@ -141,14 +144,42 @@ def run_benchmarks(cfg: Evaluation, grader: Grader, console: Console) -> None:
         why = sandbox.unavailable()
         if why:
             raise ValueError(f"programs cannot be run here: {why}")
+    _load_results(cfg.out)
+    for model in cfg.model:
+        preflight.model_config(preflight.model_path(hub_id(model), cfg.seed))
     for model in cfg.model:
         _evaluate_model(cfg, model, sets, grader, console)
     console.print(
         f"avg@k ± half the 95 % interval over problems; T = {cfg.temperature:g}, top-p "
         f"{cfg.top_p:g}, at most {cfg.response_tokens} tokens, {cfg.template}' template"
     )
-    files = sorted(Path(cfg.out).glob("*/results.json"))
-    console.print(results_table({f.parent.name: json.loads(f.read_text()) for f in files}))
+    console.print(results_table(_load_results(cfg.out)))
+
+
+def _load_results(out: str) -> dict[str, dict[str, dict[str, float]]]:
+    """The results of every model under `out`. Raises ValueError for a file that holds anything
+    else."""
+    results = {}
+    for file in sorted(Path(out).glob("*/results.json")):
+        found = _load_object(file)
+        for name, result in found.items():
+            try:
+                _cells(result)
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{file}: {name} is not a result of evaluate.py") from None
+        results[file.parent.name] = found
+    return results
+
+
+def _load_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if it holds anything else."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: damaged, it holds no JSON object; pass another --out")
+    return found
 
 
 class _Asked(NamedTuple):
@@ -170,14 +201,10 @@ def _evaluate_model(
     path = preflight.model_path(hub_id(model), cfg.seed)
     longest = cfg.prompt_tokens + cfg.response_tokens
     preflight.validate_length(longest, preflight.model_config(path), path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = preflight.load_tokenizer(path)
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
-    template = data.TEMPLATES[cfg.template]
-    fitting = {
-        name: data.tokenize(problems, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows)
-        for name, problems in chosen.items()
-    }
-    folder = Path(cfg.out) / "-".join(Path(model).parts[-2:])
+    fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
+    folder = _folder(cfg, model)
     settings = asdict(cfg) | {"model": path}
     distributed.on_rank0(lambda: _prepare_folder(folder, settings, cfg.overwrite))
     sampler = open_sampler(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
@@ -190,6 +217,25 @@ def _evaluate_model(
             result["left_out"] = len(chosen[name]) - len(problems)
             _record(folder / "results.json", name, result)
     sampler.close()
+
+
+def _folder(cfg: Evaluation, model: str) -> Path:
+    return Path(cfg.out) / "-".join(Path(model).parts[-2:])
+
+
+def _usable(
+    cfg: Evaluation,
+    problems: list[Problem],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+) -> list[Problem]:
+    """The problems with prompts; those that cannot be asked or graded are left out with
+    --drop-bad-rows, and refused without."""
+    template = data.TEMPLATES[cfg.template]
+    fitting = data.tokenize(problems, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows)
+    drop = cfg.drop_bad_rows
+    return distributed.on_rank0(lambda: preflight.gradable(fitting, grader, drop, name))
 
 
 def _spaced(problems: list[Problem], limit: int) -> list[Problem]:
@@ -209,6 +255,7 @@ SETTINGS = (
     "response_tokens",
     "template",
     "require_boxed",
+    "grader_seconds",
     "seed",
     "dtype",
     "model",
@@ -216,12 +263,16 @@ SETTINGS = (
 
 
 def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the model's folder, or accept one that was made under the same settings."""
+    """Make the model's folder, or accept one that was made under the same settings. Raises
+    ValueError for any other folder that is not empty: what it holds is not an evaluation."""
     now = {name: settings[name] for name in SETTINGS}
     file = folder / "settings.json"
+    if not file.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not an evaluation's; pass another --out")
     if file.exists() and not overwrite:
-        then = json.loads(file.read_text())
-        changed = [name for name in SETTINGS if then.get(name) != now[name]]
+        # A setting that an earlier version of this program did not keep had no other value.
+        then = now | _load_object(file)
+        changed = [name for name in SETTINGS if then[name] != now[name]]
         if changed:
             differs = ", ".join(f"{name} {then.get(name)} → {now[name]}" for name in changed)
             raise ValueError(
@@ -242,7 +293,7 @@ def _answer(
     The rest is sampled some problems at a time, enough to keep the sampler busy, and each such
     piece is on the disk before the next one is sampled."""
     problems = asked.problems
-    answered = distributed.on_rank0(lambda: _load_earlier(file, problems, cfg.samples))
+    answered = distributed.on_rank0(lambda: _load_earlier(file, problems, cfg.samples, grader))
     done = len(answered)
     began = time.perf_counter()
     piece_size = max(1, 4 * cfg.max_num_seqs * distributed.world_size() // cfg.samples)
@@ -263,7 +314,7 @@ def _answer(
             )
             piece = gather_rollouts(score(local_rollouts, grader))
             for r in piece:
-                print(json.dumps(transcript(r), ensure_ascii=False), file=out)
+                out.write(_stored_line(r))
             out.flush()
             answered += piece
             rate = (len(answered) - done) / (time.perf_counter() - began)
@@ -276,17 +327,20 @@ def _answer(
     return answered
 
 
-def _load_earlier(file: Path, problems: list[Problem], samples: int) -> list[Rollout]:
+def _load_earlier(
+    file: Path, problems: list[Problem], samples: int, grader: Grader
+) -> list[Rollout]:
     """The responses that an earlier call left, cut back to whole problems: what is half written is
-    sampled again."""
+    sampled again. Where the gold answer or the tests of a problem have changed since, its responses
+    are graded again and the file is replaced."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     whole = sum(line.endswith(b"\n") for line in lines) // samples * samples
     if not whole:
         file.unlink(missing_ok=True)
         return []
-    os.truncate(file, sum(map(len, lines[:whole])))
-    rollouts = load_rollouts(file, with_ids=False)
-    for i, r in enumerate(rollouts):
+    stored = [_stored_rollout(f"{file}: line {i}", line) for i, line in enumerate(lines[:whole], 1)]
+    outdated = []
+    for i, (r, criterion) in enumerate(stored):
         known = i < len(problems) * samples
         if not known or r.problem.question != problems[i // samples].question:
             raise ValueError(
@@ -294,12 +348,56 @@ def _load_earlier(file: Path, problems: list[Problem], samples: int) -> list[Rol
                 "--overwrite"
             )
         r.problem = problems[i // samples]
+        if criterion != _criterion(r.problem):
+            outdated.append(r)
+    rollouts = [r for r, _ in stored]
+    if outdated:
+        score(outdated, grader)
+        write_atomically(file, map(_stored_line, rollouts))
+    else:
+        os.truncate(file, sum(map(len, lines[:whole])))
     return rollouts
+
+
+def _stored_line(r: Rollout) -> str:
+    """A graded response as a line of <benchmark>.jsonl."""
+    record = transcript(r)
+    if r.problem.tests:
+        record["tests"] = _criterion(r.problem)[1]
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _criterion(problem: Problem) -> tuple[str, str]:
+    """What responses to a problem are graded against: the gold answer, and a hash of the tests."""
+    if not problem.tests:
+        return problem.answer, ""
+    tests = json.dumps(dict(problem.tests), sort_keys=True).encode()
+    return problem.answer, hashlib.blake2b(tests, digest_size=8).hexdigest()
+
+
+def _stored_rollout(place: str, line: bytes) -> tuple[Rollout, tuple[str, str]]:
+    """A response of an earlier call, and what it was graded against. Raises ValueError with the
+    place for a damaged line."""
+    try:
+        record = json.loads(line)
+        problem = Problem(record["problem"], record["question"], record["gold"])
+        token_ids = [0] * record["tokens"]
+        texts = [record[name] for name in ("question", "gold", "response", "answer")]
+        sound = all(isinstance(text, str) for text in texts)
+        finish = record["finish"]
+        r = Rollout(problem, token_ids, [], finish, record["response"], record["answer"])
+        r.reward, r.timeout = float(record["reward"]), bool(record["timeout"])
+        sound = sound and finish in FINISH_REASONS and math.isfinite(r.reward)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{place}: damaged, not a graded response; pass --overwrite")
+    return r, (problem.answer, record.get("tests", ""))
 
 
 def _record(file: Path, name: str, result: dict[str, float]) -> None:
     """Add the result of one benchmark to results.json."""
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = _load_object(file) if file.exists() else {}
     results[name] = {k: v for k, v in result.items() if math.isfinite(v)}
     write_atomically(file, [json.dumps(results, indent=1) + "\n"])
 
@@ -334,32 +432,38 @@ def _cells(result: dict[str, float]) -> list[str]:
 # ── recorded responses ────────────────────────────────────────────────────────────────────────────
 
 
+class _Recorded(NamedTuple):
+    """A recorded response, the name of its set, and its label, NaN where it has none."""
+
+    group: str
+    rollout: Rollout
+    label: float
+
+
 def grade_recorded(cfg: Evaluation, grader: Grader) -> Table:
     """Accuracy of recorded responses by set, beside that of their labels where they have any
     (`expected`, 0 or 1)."""
-    groups: dict[str, list[Rollout]] = defaultdict(list)
-    labels: dict[str, list[float]] = defaultdict(list)
-    for place, row in formats.rows(cfg.responses):
-        r = _recorded_rollout(place, row)
-        named = [str(row[field]) for field in ("set", "fmt") if field in row]
-        for group in (" ".join(named) or Path(cfg.responses).stem, "all"):
-            groups[group].append(r)
-            labels[group].append(float(row.get("expected", math.nan)))
-    if not groups:
+    stem = Path(cfg.responses).stem
+    recorded = [_recorded(place, row, stem) for place, row in formats.rows(cfg.responses)]
+    if not recorded:
         raise ValueError(f"{cfg.responses}: holds no responses")
-    score(groups["all"], grader)
+    score([item.rollout for item in recorded], grader)
+    groups: dict[str, list[_Recorded]] = defaultdict(list)
+    for item in recorded:
+        groups[item.group].append(item)
     table = Table(box=SIMPLE)
     for heading in ("set", "responses", "accuracy", "labelled", "agree", "format", "timeout"):
         table.add_column(heading, justify="left" if heading == "set" else "right")
-    for name in [*sorted(groups.keys() - {"all"}), "all"]:
-        table.add_row(name, *_recorded_cells(groups[name], labels[name]))
+    for name in sorted(groups):
+        table.add_row(name, *_recorded_cells(groups[name]))
+    table.add_row("all sets" if "all" in groups else "all", *_recorded_cells(recorded))
     return table
 
 
-def _recorded_cells(rollouts: Sequence[Rollout], labels: Sequence[float]) -> list[str]:
+def _recorded_cells(recorded: Sequence[_Recorded]) -> list[str]:
+    rollouts = [item.rollout for item in recorded]
     metrics = rollout_metrics(rollouts)
-    rewards = [r.reward for r in rollouts]
-    labelled = [(R, y) for R, y in zip(rewards, labels, strict=True) if not math.isnan(y)]
+    labelled = [(x.rollout.reward, x.label) for x in recorded if not math.isnan(x.label)]
     accuracy = mean([label for _, label in labelled])
     agree = mean([float(reward == label) for reward, label in labelled])
     percent = [f"{100 * x:.2f}" for x in (metrics["reward"], accuracy, agree)]
@@ -367,21 +471,34 @@ def _recorded_cells(rollouts: Sequence[Rollout], labels: Sequence[float]) -> lis
     return [f"{len(rollouts)}", *percent, *rest]
 
 
-def _recorded_rollout(place: str, row: Any) -> Rollout:
+def _recorded(place: str, row: Any, stem: str) -> _Recorded:
     """A recorded response as a rollout without ids. Raises ValueError naming place and field."""
+
+    def refuse(field: str, expected: str, found: Any) -> NoReturn:
+        raise ValueError(f"{place}: field {field}: expected {expected}, found {found!r:.60}")
+
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object, found {type(row).__name__}")
     texts = []
     for names in (("response", "pred"), ("gold", "answer")):
-        text = None
-        if isinstance(row, dict):
-            text = next((row[name] for name in names if name in row), None)
-        if not isinstance(text, str):
-            fields = " or ".join(names)
-            raise ValueError(f"{place}: field {fields}: expected text, found {text!r:.60}")
+        text = next((row[name] for name in names if name in row), None)
+        if not isinstance(text, str) or (names[0] == "gold" and not text.strip()):
+            refuse(" or ".join(names), "text", text)
         texts.append(text)
     response, gold = texts
+    finish, tokens, label = (row.get(name) for name in ("finish", "tokens", "expected"))
+    if finish is not None and finish not in FINISH_REASONS:
+        refuse("finish", "stop (ended by itself) or length (cut off)", finish)
+    if tokens is not None and not (type(tokens) is int and 0 <= tokens <= LARGE):
+        refuse("tokens", "a whole number", tokens)
+    if label is not None and label not in (0, 1):
+        refuse("expected", "0 or 1", label)
     problem = Problem(str(row.get("problem", row.get("problem_id", place))), "", gold)
-    return Rollout(
-        problem, [0] * int(row.get("tokens", 0)), [], row.get("finish", "stop"), response
+    named = [str(row[field]) for field in ("set", "fmt") if row.get(field) is not None]
+    return _Recorded(
+        group=" ".join(named) or stem,
+        rollout=Rollout(problem, [0] * (tokens or 0), [], finish or "stop", response),
+        label=math.nan if label is None else float(label),
     )
 
 

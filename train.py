@@ -25,7 +25,7 @@ import data
 import distributed
 import ppo
 from checkpoint import Checkpoints, Trained, export_model, load_checkpoint
-from config import STOP, Config, parse
+from config import STOP, Config, parse, validate_ranges
 from critic import Critic, load_critic
 from distributed import Sharding
 from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
@@ -407,15 +407,16 @@ def main() -> None:
     cfg = parse(sys.argv[1:], description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    if cfg.plan:
-        from tools import plan
-
-        print(plan.show(cfg))
-        return
-    distributed.start(cfg.timeout_minutes)
     try:
+        validate_ranges(cfg)
+        if cfg.plan:
+            from tools import plan
+
+            print(plan.show(cfg))
+            return
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        distributed.start(cfg.timeout_minutes)
         inputs = prepare(cfg)
     except (ValueError, OSError) as error:  # on all ranks alike
         sys.exit(f"train.py: {error}" if distributed.rank() == 0 else 1)
