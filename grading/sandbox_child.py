@@ -65,6 +65,7 @@ sys.set_int_max_str_digits({MAX_DIGITS})
 with open(int(sys.argv[1]), "rb") as file:
     source = file.read()
 name = sys.argv[2]
+del sys.argv[1:]  # the program itself has no arguments
 if name:
     import json
     import os

@@ -3,6 +3,7 @@
 import base64
 import doctest
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -22,10 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grading import programs, sandbox, sandbox_child
+from grading.extract import extract
 from grading.programs import Verdict, decode_tests, extract_program, judge
 
 needs_sandbox = pytest.mark.skipif(
@@ -84,6 +87,11 @@ def verdict(program: str, tests: Cases = OK, **limits: float) -> Verdict:
             "a = open('/dev/stdin').read()\n"
             "print(len(a), a == open('/dev/stdin').read() == input())",
             Cases(("1 " * 3_000_000,), ("6000000 True",)),
+            "",
+        ),
+        (
+            "import fileinput\nfor line in fileinput.input(): print(line, end='')",
+            Cases(("a\nb\n",), ("a\nb",)),
             "",
         ),
         ("print('x ' * 3)", Cases(("",), ("x x x",)), ""),
@@ -247,6 +255,24 @@ def test_a_verdict_does_not_depend_on_the_order_of_hashes() -> None:
     order = "print(list({'a', 'b', 'c', 'd', 'e', 'f'}))"
     printed = {sandbox.run(order, "", "", 6.0, 512)[1] for _ in range(4)}
     assert len(printed) == 1
+
+
+@needs_sandbox
+def test_the_sandbox_works_under_a_strict_umask() -> None:
+    """Its folders and files must be open to the user that the program runs as."""
+    before = os.umask(0o077)
+    try:
+        program = "print(open('/dev/stdin').read())"
+        assert judge([program], [Cases(("ok",), ("ok",))], workers=1)[0] == (True, "")
+    finally:
+        os.umask(before)
+
+
+def test_the_reason_of_a_failure_is_short() -> None:
+    assert sandbox._failure(1, "x\n" * 10 + "é\rno\n\n") == "error: é?no"
+    assert sandbox._failure(1, "MemoryError\n") == "memory limit"
+    assert len(sandbox._failure(1, "x" * 1000)) == len("error: ") + 200
+    assert sandbox._failure(1, " \n ") == "error: exit status 1"
 
 
 @needs_sandbox
@@ -1000,24 +1026,25 @@ REPEATED += [
 ]
 
 
-@pytest.mark.parametrize("size", [1 << 20, 16 << 20])
+@pytest.mark.parametrize("size", [1 << 14, 1 << 20, 16 << 20])
 def test_long_texts_take_linear_time(size: int) -> None:
     """None holds the trainer. A quadratic step would take minutes for a megabyte."""
-    shapes = [("", "x"), ("```python\n", "\n```"), ("<answer>", "</answer>"), ("[", "]"), ("x", "")]
-    repeated = REPEATED if size == 1 << 20 else ["1", " ", "\n", "[]", "1 "]
-    for part in repeated:
-        for before, after in shapes[: 5 if size == 1 << 20 else 1]:
-            text = before + part * (size // len(part)) + after
-            limit = 3.0 * size / (1 << 20)
-            for function in (extract_program, programs.answer_content):
-                assert seconds_of_processor(function, text) < limit, (part, before)
-            for expected in ("1 2\n3", "1", "1." + "0" * 100):
-                spent = seconds_of_processor(programs._equal_lines, expected, text)
-                assert spent < limit, (part, before)
-            for expected in ("[1, 2]", "[[], []]", "1" * 5000, '"a"'):
-                spent = seconds_of_processor(programs._equal_values, expected, text)
-                assert spent < limit, (part, before)
-            assert seconds_of_processor(sandbox._failure, 1, text) < limit, (part, before)
+    shapes = [("", "x"), ("```python\n", "\n```"), ("[", "]")]
+    repeated = REPEATED
+    if size > 1 << 20:
+        shapes, repeated = shapes[:1], ["1", " ", "\n", "[]", "1 "]
+    limit = 0.5 + 3.0 * size / (1 << 20)
+    for part, (before, after) in itertools.product(repeated, shapes):
+        text = before + part * (size // len(part)) + after
+        for function in (extract_program, programs.answer_content):
+            assert seconds_of_processor(function, text) < limit, (part, before)
+        for expected in ("1 2\n3", "1", "1." + "0" * 100):
+            spent = seconds_of_processor(programs._equal_lines, expected, text)
+            assert spent < limit, (part, before)
+        for expected in ("[1, 2]", "[[], []]", "1" * 5000, '"a"'):
+            spent = seconds_of_processor(programs._equal_values, expected, text)
+            assert spent < limit, (part, before)
+        assert seconds_of_processor(sandbox._failure, 1, text) < limit, (part, before)
 
 
 # ── extracting programs, reading tests ────────────────────────────────────────────────────────────
@@ -1057,6 +1084,47 @@ def test_long_texts_take_linear_time(size: int) -> None:
 )
 def test_extract_program(text: str, program: str) -> None:
     assert extract_program(text) == program
+
+
+def test_answers_are_the_content_of_closed_tags() -> None:
+    """As for mathematics, whose rule is in grading/extract.py."""
+    assert programs.answer_content("<answer>a</answer>") == "a"
+    parts = ["<answer>", "</answer>", "<answer>", "</answer>", "1", "22", "333", "4444"]
+    rng = random.Random(0)
+    found = Counter()
+    for _ in range(2000):
+        text = "".join(rng.choices(parts, k=8))
+        content = programs.answer_content(text)
+        if "<answer>" not in content:  # such an answer is prose for extract()
+            assert content == extract(text), text
+        found[bool(content)] += 1
+    assert min(found.values()) > 200
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think> so </think> <answer>\n{block}</answer>", 1.0),
+        ("<answer>{block}</answer> <answer>{block}", 1.0),
+        ("<answer>the code: {block}</answer>", 1.0),
+        ("<answer>```python\n0\n```\n</answer> <answer>{block}</answer>", 1.0),
+        ("<answer>{block}</answer> <answer>I am not sure.</answer>", 0.0),
+        ("{block}", 0.0),
+        ("{block}</answer>", 0.0),
+        ("<answer>{block}", 0.0),
+        ("</answer>{block}<answer>", 0.0),
+        ("<answer></answer>{block}", 0.0),
+    ],
+)
+def test_programs_are_paid_only_in_closed_tags(text: str, reward: float) -> None:
+    from reward import _run_programs
+
+    row = {"public_test_cases": cases("stdin", ("3", "9")), "private_test_cases": "[]"}
+    response = text.format(block=f"```python\n{RIGHT}\n```\n")
+    rollout = SimpleNamespace(text=response, problem=SimpleNamespace(tests=row))
+    assert _run_programs([rollout]) == [reward]
+    assert reward or RIGHT not in rollout.answer
 
 
 def cases(kind: str, *pairs: tuple[str, str]) -> str:
