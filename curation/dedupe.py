@@ -313,9 +313,12 @@ def min_jaccard(question: str) -> float:
     Three different numbers nearly identify a problem, so half of the features is enough. With
     fewer numbers it takes three quarters.
     """
-    if len(set(numbers(tokens(question)))) < 3:
-        return MIN_JACCARD_FEW_NUMBERS
-    return MIN_JACCARD
+    return MIN_JACCARD if has_many_numbers(question) else MIN_JACCARD_FEW_NUMBERS
+
+
+def has_many_numbers(question: str) -> bool:
+    """Whether it has three different numbers or more."""
+    return len(set(numbers(tokens(question)))) >= 3
 
 
 def embedding_duplicates(
@@ -388,19 +391,35 @@ def with_equal_golds(rows: Sequence[Row], pairs: Sequence[Pair], grader: Grader)
 
 
 def _similar_pictures(first: str, second: str) -> bool:
-    """Whether two questions' drawings have the same numbers and half of their words in common; true
-    if one has no drawing."""
-    first_words, second_words = _drawing_words(first), _drawing_words(second)
-    if not (first_words and second_words):
+    """Whether the drawings of two questions with the same numbers can show one problem; true if one
+    has no drawing.
+
+    The numbers in labels must agree. If the text has three different numbers or more, the drawing
+    may otherwise be another one, but not the same one with other numbers. With fewer, all numbers
+    of the drawings must agree, and half of their words.
+    """
+    drawings = [" ".join(DRAWING.findall(question)) for question in (first, second)]
+    if not all(drawings):
         return True
-    if numbers(first_words) != numbers(second_words):
+    labels, others = zip(*map(_numbers_of_drawing, drawings), strict=True)
+    if labels[0] != labels[1]:
         return False
-    return jaccard(set(first_words), set(second_words)) >= MIN_JACCARD
+    words = [set(re.findall(r"[^\W\d]\w*", code)) for code in drawings]
+    if has_many_numbers(first):
+        return others[0] == others[1] or words[0] != words[1]
+    return others[0] == others[1] and jaccard(*words) >= MIN_JACCARD
 
 
-def _drawing_words(question: str) -> list[str]:
-    code = re.sub(r"(?<!\d)\.(?=\d)", "0.", " ".join(DRAWING.findall(question)))
-    return re.findall(r"\d+(?:\.\d+)?|[^\W\d]\w*", code)
+_LAYOUT = re.compile(r"\b(?:size|unitsize|linewidth|fontsize|dotsize|arrowsize)\s*\([^()]*\)")
+_NUMBER = re.compile(r"\d*\.?\d+")
+
+
+def _numbers_of_drawing(code: str) -> tuple[list[float], list[float]]:
+    """The numbers in the texts of a drawing, and its other ones without sizes; both sorted."""
+    texts = " ".join(re.findall(r'"[^"]*"', code))
+    code = _LAYOUT.sub(" ", re.sub(r'"[^"]*"', " ", code))
+    in_texts, others = (sorted(map(float, _NUMBER.findall(part))) for part in (texts, code))
+    return in_texts, others
 
 
 # ── overlap with evaluation sets ──────────────────────────────────────────────────────────────────
