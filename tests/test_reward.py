@@ -201,13 +201,13 @@ EQUAL = r"""
 36 ~ 36 \text{ dollars} ; 18.9 ~ \$18.90 ; 5 ~ 5 m ; 10,000 ~ 10000 ; 1000 ~ 1\,000
 C ~ \textbf{(C)} ; \text{(C)} ~ C ; E ~ \text{E} ; \text{two lines} ~ Two lines.
 \infty ~ infinity ; (2, \infty) ~ x > 2 ; (1,2) ~ \left(1, 2\right)
-3 \pm 2\sqrt{2} ~ 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 ~ 5, -5 ; 0.5 ~ 50\% ; 50\% ~ 50 percent
+3 \pm 2\sqrt{2} ~ 3 + 2\sqrt{2}, 3 - 2\sqrt{2} ; \pm 5 ~ 5, -5 ; 50 ~ 50\% ; 50\% ~ 50 percent
 90^\circ ~ 90 degrees ; p=5,q=2;p=7,q=2 ~ p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2
 a+b+c ~ c + b + a
 """
 UNEQUAL = r"""
 (0,1) ~ [0,1] ; (2,\infty) ~ x \ge 2 ; (1,2) ~ (2,1) ; (1,2) ~ (1,2,3) ; 1,2 ~ 1 ; 1,2 ~ 12
-2 ~ 2,-1 ; 5 ~ -5 ; 5 ~ \pm 5 ; 50 ~ 0.5 ; 0.5 ~ 50 ; 42 ~ 4200 ; 100 ~ 1 ; 3 ~ 300
+2 ~ 2,-1 ; 5 ~ -5 ; 5 ~ \pm 5 ; 50 ~ 0.5 ; 0.5 ~ 50\% ; 42 ~ 4200 ; 100 ~ 1 ; 3 ~ 300
 5 \text{ million} ~ 5 ; 2 ~ 2 halves ; 25 ~ 25 squared ; 2 ~ 2i ; 5 ~ 5x ; 5x ~ 5 ; x+1 ~ y+1
 a + b + c ~ a + b + d ; x \le 5 ~ x \ge 5 ; x < 5 ~ x \le 5 ; 5 ~ x < 5 ; 5 ~ \ne 5 ; A ~ B
 A ~ AB ; A ~ (A) or (B) ; A ~ A. B. ; \text{Evelyn} ~ Angela ; 0 ~ \text{} ; 0 ~ -
