@@ -1,15 +1,14 @@
-"""Shared fixtures: small random models under the tiny tokenizer, and rollouts to feed them."""
+"""Shared fixtures: small models, rollouts to feed them, and a way to call a program's `main`."""
 
 import json
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # the same tests everywhere: none needs a GPU, and none may find one
-)
+# The same tests run on every machine: none needs a GPU, and none may find one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -20,7 +19,16 @@ from rollout import Rollout
 from toy import tiny
 
 torch.set_num_threads(1)
-os.environ["HF_HUB_OFFLINE"] = "1"  # for the command lines that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # for the programs that tests start
+
+# Flags of a training run that takes tenths of a second per step.
+SMALL_RUN = """
+    --prompts 4 --samples 4 --prompt-tokens 64 --response-tokens 24 --critic-steps 3
+    --policy-lr 1e-3 --critic-lr 1e-3 --grader-workers 1
+""".split()
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +39,23 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def random_model(
     folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool, seed: int = 0
 ) -> Path:
-    """A Qwen2 of random weights in `folder`; peaked enough that its distribution is far from uniform."""
+    """A Qwen2 of random weights in `folder`. The weights are large, so that its distribution is far
+    from uniform."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer) + 3,  # wider than the tokenizer, as Qwen2.5's is
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=1024, tie_word_embeddings=tied, initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -48,6 +65,7 @@ def random_model(
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
+    """A random model whose head is tied to the embedding."""
     return random_model(tmp_path_factory.mktemp("tied"), tokenizer, tied=True)
 
 
@@ -55,24 +73,30 @@ def model_folder(
 def untied_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
+    """A random model with a head of its own."""
     return random_model(tmp_path_factory.mktemp("untied"), tokenizer, tied=False)
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base model after a short training: good enough to be read, quick enough for a test."""
+    """The tiny base model after a short training: its responses have the right format now and then,
+    and making it is quick enough for a test."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
     tiny.make(folder, seed=0, steps=60)
     return folder
 
 
+# ── problems and rollouts ─────────────────────────────────────────────────────────────────────────
+
+
 def sums() -> list[Problem]:
     """24 problems of the tiny task."""
-    questions = [
-        Problem(f"test:{i}", q, str(sum(tiny.numbers(q))))
-        for i, q in enumerate(tiny.problems(0)[0][:24])
+    questions, _ = tiny.problems(0)
+    problems = [
+        Problem(f"test:{i}", question, str(sum(tiny.numbers(question))))
+        for i, question in enumerate(questions[:24])
     ]
-    return data.tokenize(questions, tiny.tokenizer(), 64, data.TEMPLATE)
+    return data.tokenize(problems, tiny.tokenizer(), 64, data.TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -83,22 +107,21 @@ def problems() -> list[Problem]:
 def random_rollouts(
     problems: list[Problem], vocab: int, lengths: list[int], seed: int = 0
 ) -> list[Rollout]:
-    """Responses of the given lengths made of random tokens."""
+    """Responses of the given lengths, made of random tokens."""
     rng = random.Random(seed)
-    return [
-        Rollout(
-            problems[i % len(problems)],
-            [rng.randrange(vocab) for _ in range(n)],
-            [0.0] * n,
-            "stop",
-            "",
-        )
-        for i, n in enumerate(lengths)
-    ]
+    rollouts = []
+    for i, length in enumerate(lengths):
+        token_ids = [rng.randrange(vocab) for _ in range(length)]
+        problem = problems[i % len(problems)]
+        rollouts.append(Rollout(problem, token_ids, [0.0] * length, "stop", ""))
+    return rollouts
+
+
+# ── programs ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Ended(NamedTuple):
-    """How a program called by the fixture `call` ended."""
+    """How a program that the fixture `call` called has ended."""
 
     code: int
     out: str
@@ -107,25 +130,30 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ended]:
-    """Call the `main` of a program with these words on its command line, in this process."""
+    """Call a program's `main` in this process, with the given words as its command line."""
 
-    def called(main: Callable[[], None], *words: object) -> Ended:
+    def call_main(main: Callable[[], None], *words: object) -> Ended:
         monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
         code, message = 0, ""
         try:
             main()
-        except SystemExit as ended:
-            code, message = (
-                (1, f"{ended.code}\n") if isinstance(ended.code, str) else (ended.code or 0, "")
-            )
-        seen = capsys.readouterr()
-        return Ended(code, seen.out, seen.err + message)
+        except SystemExit as error:
+            if isinstance(error.code, str):  # sys.exit(message) prints the message and exits with 1
+                code, message = 1, f"{error.code}\n"
+            else:
+                code = error.code or 0
+        printed = capsys.readouterr()
+        return Ended(code, printed.out, printed.err + message)
 
-    return called
+    return call_main
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def orz_data(*parts: str) -> Path:
-    """A file of the real data, named by the environment variable ORZ_DATA; the test is skipped where it is absent."""
+    """A file of the real data, in the folder that the environment variable ORZ_DATA names. The test
+    is skipped where there is no such file."""
     folder = os.environ.get("ORZ_DATA")
     if not folder:
         pytest.skip("set ORZ_DATA to a folder of real data to run this")
@@ -135,11 +163,28 @@ def orz_data(*parts: str) -> Path:
     return path
 
 
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of each step of a run, without those that differ from run to run: times, rates
+    and memory."""
+    return [
+        {k: v for k, v in step.items() if "second" not in k and k != "memory_gb"}
+        for step in load_records(run / "metrics.jsonl")
+    ]
+
+
 def write_orz(path: Path, rows: list[tuple[str, str]]) -> Path:
-    """Problems in the authors' training form."""
+    """Write (question, answer) rows in the layout of the authors' training data."""
     items = [
-        [{"from": "human", "value": q}, {"from": "assistant", "ground_truth": {"value": a}}]
-        for q, a in rows
+        [
+            {"from": "human", "value": question},
+            {"from": "assistant", "ground_truth": {"value": answer}},
+        ]
+        for question, answer in rows
     ]
     path.write_text(json.dumps(items))
     return path

@@ -1,4 +1,5 @@
-"""distributed.py: world size changes nothing; engines and sharded trainers agree; ranks wait, and stop together."""
+"""distributed.py: the number of ranks changes nothing; samplers and sharded trainers agree; ranks
+wait for each other and stop together."""
 
 import json
 import os
@@ -17,26 +18,25 @@ from transformers import PreTrainedTokenizerBase
 from config import Config
 from packing import assign_packs
 
-SETTINGS: dict[str, Any] = {"model": "tiny", "critic_steps": 4, "policy_lr": 1e-4, "critic_lr": 1e-4, "policy_lr_warmup": 1,
-                            "critic_lr_warmup": 1, "micro_tokens": 250}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "model": "tiny",
+    "critic_steps": 4,
+    "policy_lr": 1e-4,
+    "critic_lr": 1e-4,
+    "policy_lr_warmup": 1,
+    "critic_lr_warmup": 1,
+    "micro_tokens": 250,
+}
 
 
-def on(ranks: int, job: str, out: Path, model: Path, **settings: Any) -> None:
+def on(ranks: int, job: str, out: Path, model_path: Path, **settings: Any) -> None:
     """Run a job of on_ranks.py under torchrun; its output is shown when it fails."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-    ]
-    command += [on_ranks.__file__, job, str(out), str(model), json.dumps(SETTINGS | settings)]
-    paths = os.pathsep.join(
-        str(p) for p in (Path(on_ranks.__file__).parent, Path(on_ranks.__file__).parent.parent)
-    )
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    command = [sys.executable, *torchrun, on_ranks.__file__, job, str(out), str(model_path)]
+    command.append(json.dumps(SETTINGS | settings))
+    tests = Path(on_ranks.__file__).parent
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -65,12 +65,12 @@ def same_updates(a: Path, b: Path) -> None:
 def test_world_size_changes_nothing(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, settings: dict[str, Any]
 ) -> None:
-    """Uneven lengths; ranks with fewer rows than others, and (4 mini-batches of 13 responses on 4 ranks) with none; a tied
-    head, and with hybrid sharding an untied one."""
-    model = random_model(tmp_path / "model", tokenizer, tied=not settings)
+    """Lengths are uneven. Some ranks have fewer packs than others, and with 4 mini-batches of 13
+    responses on 4 ranks some have none. The head is tied, and with hybrid sharding it is not."""
+    model_path = random_model(tmp_path / "model", tokenizer, tied=not settings)
     (tmp_path / "1").mkdir()
-    on_ranks.updates(tmp_path / "1", model, Config(**SETTINGS))
-    on(ranks, "updates", tmp_path / "many", model, **settings)
+    on_ranks.updates(tmp_path / "1", model_path, Config(**SETTINGS))
+    on(ranks, "updates", tmp_path / "many", model_path, **settings)
     same_updates(tmp_path / "1", tmp_path / "many")
 
 
@@ -87,46 +87,46 @@ def no_leftover_shared_memory() -> None:
 def test_samplers_beside_a_sharded_trainer(
     tmp_path: Path, model_folder: Path, tensor_parallel: int
 ) -> None:
-    """Two ranks, two samplers or one. Log-probabilities agree before and after an update. All ranks
-    refuse stale samplers, even when only one of two is stale. Every rank ends up with every
-    response, whoever sampled it."""
+    """Two ranks with two samplers or with one. Log-probabilities agree before an update, and after
+    it once the weights are synced. All ranks refuse stale samplers, even when only one of two is
+    wrong. Every rank ends up with every response."""
     pytest.importorskip("vllm")
-    on(2, "engines", tmp_path, model_folder, tensor_parallel=tensor_parallel, policy_lr=1e-2)
+    on(2, "samplers", tmp_path, model_folder, tensor_parallel=tensor_parallel, policy_lr=1e-2)
     seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["before"] <= 1e-4
-    assert seen["after"] <= 1e-4
-    assert seen["logp_gap in step"] <= 1e-5
-    assert seen["stale"] > 0.1
-    assert seen["logp_gap stale"] > 0.1  # what the run's log warns of
-    assert seen["refused in step"] == seen["refused after"] == [False, False]
+    assert seen["gap before"] <= 1e-4
+    assert seen["gap after"] <= 1e-4
+    assert seen["logp_gap before"] <= 1e-5
+    assert seen["gap stale"] > 0.1
+    assert seen["logp_gap stale"] > 0.1  # the metric shows it as well
+    assert seen["refused before"] == seen["refused after"] == [False, False]
     assert seen["refused stale"] == [True, True]
-    assert seen["refused one astray"] == [tensor_parallel == 1] * 2
+    assert seen["refused one wrong"] == [tensor_parallel == 1] * 2
     assert seen["all ranks hold the same"]
     assert seen["shares"] == ([11, 10] if tensor_parallel == 1 else [21, 0])
-    assert len({str(ids) for ids in seen["ids"]}) > 15  # engines do not repeat each other
+    assert len({str(ids) for ids in seen["ids"]}) > 15  # samplers do not repeat each other
 
 
 def test_ranks_wait_for_a_late_one_and_stop_together(tmp_path: Path, model_folder: Path) -> None:
-    on(2, "together", tmp_path, model_folder)
-    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == [
-        "[0, 1] row 7 is bad"
-    ] * 2
-    with pytest.raises(
-        AssertionError, match=r"[Tt]ime(d )?out"
-    ):  # the limit is the flag's, and there is one
-        on(2, "together", tmp_path, model_folder, timeout_minutes=0.03)
+    on(2, "stop_together", tmp_path, model_folder)
+    for rank in (0, 1):
+        assert (tmp_path / f"stopped-{rank}").read_text() == "[0, 1] row 7 is bad"
+    # A rank waits no longer than --timeout-minutes.
+    with pytest.raises(AssertionError, match=r"[Tt]ime(d )?out"):
+        on(2, "stop_together", tmp_path, model_folder, timeout_minutes=0.03)
 
 
-def test_packs_of_ranks() -> None:
-    """Every sequence once, equally many packs on all ranks, near-equal tokens, also with fewer
-    sequences than ranks."""
+def test_assign_packs_uses_every_sequence_once_and_balances_ranks() -> None:
+    """All ranks get equally many packs of at most the limit and near-equal numbers of tokens, also
+    with fewer sequences than ranks."""
     torch.manual_seed(0)
-    inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
+    num_inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
     for ranks in (1, 2, 4, 7):
-        packs = assign_packs(inputs, 1000, ranks)
+        packs = assign_packs(num_inputs, 1000, ranks)
         assert len({len(local_packs) for local_packs in packs}) == 1
-        assert sorted(i for local in packs for pack in local for i in pack) == list(inputs)
-        assert all(sum(inputs[i] for i in pack) <= 1000 for local in packs for pack in local)
-        tokens = [sum(inputs[i] for pack in local for i in pack) for local in packs]
-        assert max(tokens) - min(tokens) <= 200
+        used = [i for local_packs in packs for pack in local_packs for i in pack]
+        assert sorted(used) == list(num_inputs)
+        tokens = [[sum(num_inputs[i] for i in pack) for pack in local] for local in packs]
+        assert all(max(pack_tokens) <= 1000 for pack_tokens in tokens)
+        by_rank = [sum(pack_tokens) for pack_tokens in tokens]
+        assert max(by_rank) - min(by_rank) <= 200
     assert assign_packs({4: 3}, 10, 3) == [[[4]], [[]], [[]]]
