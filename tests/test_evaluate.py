@@ -1,4 +1,4 @@
-"""evaluate.py as its user calls it: tables, files, going on, and what it refuses."""
+"""evaluate.py as its user calls it: tables, files, resuming, and what it refuses."""
 
 import json
 import subprocess
@@ -12,18 +12,9 @@ from conftest import Ended, orz_data, write_orz
 import evaluate
 from evaluate import main
 
-QUICK = [
-    "--response-tokens",
-    "48",
-    "--prompt-tokens",
-    "64",
-    "--engine",
-    "transformers",
-    "--threads",
-    "1",
-    "--samples",
-    "4",
-]
+QUICK = """
+    --response-tokens 48 --prompt-tokens 64 --engine transformers --threads 1 --samples 4
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -32,74 +23,59 @@ def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_orz(tmp_path_factory.mktemp("sets") / "sums.json", rows)
 
 
-def test_two_models_two_sets_one_table_and_going_on(
+def test_two_models_on_two_sets_and_resuming(
     tmp_path: Path,
     base_folder: Path,
     model_folder: Path,
     sums_file: Path,
     call: Callable[..., Ended],
 ) -> None:
-    """--max-num-seqs 4 with 4 samples makes pieces of four problems. A call that was cut off in the third piece of the first set,
-    in the middle of a line, samples two pieces again, and gets what an uninterrupted call gets."""
-    flags = [
-        "--model",
-        base_folder,
-        model_folder,
-        "--benchmarks",
-        sums_file,
-        f"again={sums_file}",
-        *QUICK,
-        "--max-num-seqs",
-        4,
-    ]
-    done = call(main, *flags, "--out", tmp_path)
+    """With --max-num-seqs 4 and 4 samples, four problems are sampled at a time. A file that ends in
+    the middle of a line, as after an interruption, is continued, and the results are those of a
+    call that was not interrupted. Other settings are refused."""
+    models = ["--model", base_folder, model_folder]
+    sets = ["--benchmarks", sums_file, f"again={sums_file}"]
+    flags = [*models, *sets, *QUICK, "--max-num-seqs", 4, "--out", tmp_path]
+    done = call(main, *flags)
     assert done.code == 0, done.err
-    assert "T = 1, top-p 1, at most 48 tokens" in done.out and done.out.count("  again ") == 2
-    (base, random) = sorted(tmp_path.iterdir(), key=lambda p: "tied" in p.name)
+    assert "T = 1, top-p 1, at most 48 tokens" in done.out
+    assert done.out.count("  again ") == 2
+    base, random = sorted(tmp_path.iterdir(), key=lambda p: "tied" in p.name)
     results = json.loads((base / "results.json").read_text())
-    assert results["sums"]["problems"] == 16 and results["sums"]["samples"] == 4
-    assert (base / "sums.jsonl").read_text() != (base / "again.jsonl").read_text().replace(
-        "again:", "sums:"
-    )  # own streams
-    assert json.loads((random / "results.json").read_text())["sums"]["format"] == 0
+    assert results["sums"]["problems"] == 16
+    assert results["sums"]["samples"] == 4
+    random_results = json.loads((random / "results.json").read_text())
+    assert random_results["sums"]["format"] == 0
     file = base / "sums.jsonl"
-    whole = file.read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert len(lines) == 64 and all(line["response"] for line in lines)
+    # The same problems under another name have other random streams.
+    again = (base / "again.jsonl").read_text()
+    assert file.read_text() != again.replace("again:", "sums:")
+    complete = file.read_bytes()
+    lines = [json.loads(line) for line in complete.splitlines()]
+    assert len(lines) == 64
+    assert all(line["response"] for line in lines)
     assert results["sums"]["reward"] == sum(line["reward"] for line in lines) / 64
 
-    file.write_bytes(whole[: whole.index(b"\n", int(0.55 * len(whole))) + 20])
-    assert call(main, *flags, "--out", tmp_path).code == 0
-    assert file.read_bytes() == whole
+    end_of_a_line = complete.index(b"\n", int(0.55 * len(complete)))
+    file.write_bytes(complete[: end_of_a_line + 20])
+    assert call(main, *flags).code == 0
+    assert file.read_bytes() == complete
     assert json.loads((base / "results.json").read_text()) == results
 
-    other = call(main, *flags, "--out", tmp_path, "--temperature", "0.5")
-    assert other.code == 1 and "results under other settings (temperature 1.0 → 0.5)" in other.err
-    assert file.read_bytes() == whole
+    other = call(main, *flags, "--temperature", "0.5")
+    assert other.code == 1
+    assert "results under other settings (temperature 1.0 → 0.5)" in other.err
+    assert file.read_bytes() == complete
 
 
-def test_vllm_answers_too(
+def test_vllm_evaluates_two_models_in_one_process(
     tmp_path: Path, model_folder: Path, untied_folder: Path, sums_file: Path
 ) -> None:
-    """Two models one after the other in one process."""
+    """The process is one of its own: vLLM changes settings of the process that it runs in."""
     pytest.importorskip("vllm")
-    flags = [
-        "--model",
-        model_folder,
-        untied_folder,
-        "--benchmarks",
-        sums_file,
-        *QUICK,
-        "--engine",
-        "vllm",
-    ]
-    command = [
-        sys.executable,
-        evaluate.__file__,
-        *map(str, flags),
-        "--out",
-        str(tmp_path),
-    ]  # vLLM alters its process
+    flags = ["--model", model_folder, untied_folder, "--benchmarks", sums_file, *QUICK]
+    flags += ["--engine", "vllm", "--out", tmp_path]
+    command = [sys.executable, evaluate.__file__, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/results.json"))) == 2
@@ -108,57 +84,37 @@ def test_vllm_answers_too(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "pass --model and --benchmarks"),
+        ("", "pass --model and --benchmarks"),
+        ("--model MODEL --benchmarks absent.jsonl", "absent.jsonl: no such file or folder"),
         (
-            ("--model", "MODEL", "--benchmarks", "absent.jsonl"),
-            "absent.jsonl: no such file or folder",
-        ),
-        (
-            ("--model", "MODEL", "--benchmarks", "SETS", "SETS.json", "a=SETS", "a=other.json"),
+            "--model MODEL --benchmarks SETS SETS.json a=SETS a=other.json",
             "two sets are called a",
         ),
+        ("--model MODEL --benchmarks SETS --samples 0", "--samples 0: must be above 0"),
         (
-            ("--model", "MODEL", "--benchmarks", "SETS", "--samples", "0"),
-            "--samples 0: must be above 0",
-        ),
-        (
-            (
-                "--model",
-                "MODEL",
-                "--benchmarks",
-                "SETS",
-                "--prompt-tokens",
-                "3",
-                "--response-tokens",
-                "9",
-            ),
+            "--model MODEL --benchmarks SETS --prompt-tokens 3 --response-tokens 9",
             "s:1: prompt of",
         ),
-        (
-            ("--model", "MODEL", "--benchmarks", "SETS", "--response-tokens", "9999"),
-            "over the 1024 positions",
-        ),
-        (
-            ("--model", "SETS", "--benchmarks", "SETS"),
-            "not a folder or hub id with a readable model",
-        ),
+        ("--model MODEL --benchmarks SETS --response-tokens 9999", "over the 1024 positions"),
+        ("--model SETS --benchmarks SETS", "not a folder or hub id with a readable model"),
     ],
 )
 def test_refusals_are_one_line(
     tmp_path: Path,
     model_folder: Path,
     sums_file: Path,
-    flags: tuple[str, ...],
+    flags: str,
     message: str,
     call: Callable[..., Ended],
 ) -> None:
+    """In `flags` MODEL and SETS stand for paths."""
     names = {"MODEL": str(model_folder), "SETS": str(sums_file)}
-    done = call(
-        main,
-        *(names.get(f, f.replace("SETS", str(sums_file))) for f in flags),
-        "--out",
-        tmp_path / "out",
-    )
+    words = []
+    for word in flags.split():
+        for name, path in names.items():
+            word = word.replace(name, path)
+        words.append(word)
+    done = call(main, *words, "--out", tmp_path / "out")
     assert done.code == 1
     (line,) = done.err.strip().splitlines()
     assert line.startswith("evaluate.py: ")
@@ -176,21 +132,21 @@ def test_recorded_responses(tmp_path: Path, call: Callable[..., Ended]) -> None:
     file.write_text("\n".join(map(json.dumps, rows)))
     done = call(main, "--responses", file)
     assert done.code == 0, done.err
-    cells = {line.split()[0]: line.split() for line in done.out.splitlines() if line.split()}
-    assert cells["a"][1:5] == ["2", "50.00", "100.00", "50.00"]
-    assert cells["b"][1:3] == ["1", "100.00"]
+    cells = [line.split() for line in done.out.splitlines() if line.split()]
+    by_set = {row[0]: row for row in cells}
+    assert by_set["a"][1:5] == ["2", "50.00", "100.00", "50.00"]
+    assert by_set["b"][1:3] == ["1", "100.00"]
     file.write_text('{"gold": "4"}')
     done = call(main, "--responses", file)
-    assert (
-        done.code == 1
-        and "recorded.jsonl:1: field response or pred: expected text, found None" in done.err
-    )
+    assert done.code == 1
+    assert "recorded.jsonl:1: field response or pred: expected text, found None" in done.err
 
 
 def test_real_recorded_responses_reproduce_their_labels(
     tmp_path: Path, call: Callable[..., Ended]
 ) -> None:
-    """Within one point, on each set of responses to the paper's prompt. (The train log's labels are another grader's.)"""
+    """On each set of responses to the paper's prompt the accuracy is within one point of that of
+    the labels. (The labels of the train log are another grader's, so it is left out.)"""
     lines = orz_data("responses", "responses.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [
         row
@@ -203,5 +159,7 @@ def test_real_recorded_responses_reproduce_their_labels(
     assert done.code == 0, done.err
     table = [line.split() for line in done.out.splitlines() if "orz_think_answer" in line]
     assert len(table) == 3
-    for name, _, responses, accuracy, labelled, *_ in table:
-        assert int(responses) > 50 and abs(float(accuracy) - float(labelled)) <= 1, name
+    for cells in table:
+        responses, accuracy, labelled = map(float, cells[2:5])
+        assert responses > 50
+        assert abs(accuracy - labelled) <= 1, cells[0]

@@ -1,6 +1,7 @@
-"""gae.py: the advantage of the paper, on ragged responses."""
+"""gae.py: the paper's advantages, on responses of different lengths."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -11,29 +12,48 @@ from torch import Tensor
 from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
 
 
+def one_step_errors(r: Tensor, v: Tensor, gamma: float) -> Tensor:
+    """δ_t = r_t + γ V(s_{t+1}) − V(s_t) of one response, with V = 0 after its last token."""
+    v_next = torch.cat([v[1:], v.new_zeros(1)])
+    return r + gamma * v_next - v
+
+
 def by_definition(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
     """Â_t = Σ_k (γλ)^k δ_{t+k} of one response, term by term: O(T²), in float64."""
-    r, v = r.double(), v.double()
-    T = len(r)
-    delta = [r[t] + gamma * (v[t + 1] if t + 1 < T else 0.0) - v[t] for t in range(T)]
-    return torch.stack(
-        [sum((gamma * lam) ** k * delta[t + k] for k in range(T - t)) for t in range(T)]
-    )
+    delta = one_step_errors(r.double(), v.double(), gamma)
+    advantages = torch.zeros_like(delta)
+    for t in range(len(delta)):
+        for k in range(len(delta) - t):
+            advantages[t] += (gamma * lam) ** k * delta[t + k]
+    return advantages
 
 
-ragged = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+def by_recursion(r: Tensor, v: Tensor, gamma: float, lam: float) -> Tensor:
+    """Â_t = δ_t + γλ Â_{t+1} of one response, from its last token to its first, in float64."""
+    delta = one_step_errors(r.double(), v.double(), gamma)
+    advantages = torch.zeros_like(delta)
+    next_advantage = 0.0  # nothing comes after the last token
+    for t in reversed(range(len(delta))):
+        advantages[t] = delta[t] + gamma * lam * next_advantage
+        next_advantage = advantages[t]
+    return advantages
+
+
 unit = st.floats(0, 1, width=32)
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = draw(ragged)
-    n = sum(lengths)
-    value = st.floats(-3, 3, width=32)
-    rewards, values = (
-        torch.tensor(draw(st.lists(value, min_size=n, max_size=n))) for _ in range(2)
-    )
+    """Rewards (N,), values (N,) and lengths (B,) of up to six responses."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    numbers = st.lists(st.floats(-3, 3, width=32), min_size=sum(lengths), max_size=sum(lengths))
+    rewards, values = torch.tensor(draw(numbers)), torch.tensor(draw(numbers))
     return rewards, values, torch.tensor(lengths)
+
+
+def by_response(x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """A flat (N,) vector, split into one vector for each response."""
+    return x.split(lengths.tolist())
 
 
 def test_gamma_lambda_one_is_exactly_R_minus_V() -> None:
@@ -42,21 +62,16 @@ def test_gamma_lambda_one_is_exactly_R_minus_V() -> None:
     lengths = torch.tensor([1, 7, 300, 2])
     R, values = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.randn(310)
     A, targets = gae(last_token_rewards(R, lengths), values, lengths, gamma=1.0, lam=1.0)
-    each = R.repeat_interleave(lengths)
-    assert torch.equal(A, each - values)
-    assert torch.equal(targets, each)
+    R_of_token = R.repeat_interleave(lengths)
+    assert torch.equal(A, R_of_token - values)
+    assert torch.equal(targets, R_of_token)
 
 
 def test_by_hand() -> None:
     """γ = 0.5, λ = 0.5, r = (0, 0, 1), V = (0.5, 0.6, 0.9): δ = (−0.2, −0.15, 0.1); Â_2 = 0.1,
     Â_1 = −0.15 + 0.25·0.1 = −0.125, Â_0 = −0.2 + 0.25·(−0.125) = −0.23125."""
-    A, targets = gae(
-        torch.tensor([0.0, 0.0, 1.0]),
-        torch.tensor([0.5, 0.6, 0.9]),
-        torch.tensor([3]),
-        gamma=0.5,
-        lam=0.5,
-    )
+    rewards, values = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 0.6, 0.9])
+    A, targets = gae(rewards, values, torch.tensor([3]), gamma=0.5, lam=0.5)
     torch.testing.assert_close(A, torch.tensor([-0.23125, -0.125, 0.1]))
     torch.testing.assert_close(targets, torch.tensor([0.26875, 0.475, 1.0]))
 
@@ -66,44 +81,51 @@ def test_by_hand() -> None:
 def test_equals_the_definition(
     batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float
 ) -> None:
+    """Advantages are Σ_k (γλ)^k δ_{t+k}, and targets are Â_t + V(s_t)."""
     rewards, values, lengths = batch
     A, targets = gae(rewards, values, lengths, gamma, lam)
-    expected = [
-        by_definition(r, v, gamma, lam)
-        for r, v in zip(
-            rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True
-        )
-    ]
-    torch.testing.assert_close(A, torch.cat(expected).float(), atol=2e-5, rtol=1e-5)
+    responses = zip(by_response(rewards, lengths), by_response(values, lengths), strict=True)
+    expected = torch.cat([by_definition(r, v, gamma, lam) for r, v in responses])
+    torch.testing.assert_close(A, expected.float(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(targets, A + values, atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), unit, unit)
+def test_equals_the_recursion(
+    batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float
+) -> None:
+    """The paper's recursion Â_t = δ_t + γλ Â_{t+1} gives the same advantages as the λ-returns."""
+    rewards, values, lengths = batch
+    A, _ = gae(rewards, values, lengths, gamma, lam)
+    responses = zip(by_response(rewards, lengths), by_response(values, lengths), strict=True)
+    expected = torch.cat([by_recursion(r, v, gamma, lam) for r, v in responses])
+    torch.testing.assert_close(A, expected.float(), atol=2e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)
 @given(batches(), unit, unit, st.randoms())
 def test_nothing_leaks_between_responses(
-    batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float, rng: object
+    batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float, rng: random.Random
 ) -> None:
     """Each response alone gives the same bits as in any batch, in any order."""
     rewards, values, lengths = batch
     A, _ = gae(rewards, values, lengths, gamma, lam)
-    parts = list(
-        zip(
-            rewards.split(lengths.tolist()),
-            values.split(lengths.tolist()),
-            A.split(lengths.tolist()),
-            strict=True,
-        )
-    )
-    for r, v, a in parts:
-        assert torch.equal(gae(r, v, torch.tensor([len(r)]), gamma, lam)[0], a)
-    rng.shuffle(parts)
-    r, v, a = (torch.cat(p) for p in zip(*parts, strict=True))
-    assert torch.equal(gae(r, v, torch.tensor([len(p[0]) for p in parts]), gamma, lam)[0], a)
+    columns = [by_response(x, lengths) for x in (rewards, values, A)]
+    responses = list(zip(*columns, strict=True))
+    for r, v, expected in responses:
+        alone, _ = gae(r, v, torch.tensor([len(r)]), gamma, lam)
+        assert torch.equal(alone, expected)
+    rng.shuffle(responses)
+    r, v, expected = (torch.cat(column) for column in zip(*responses, strict=True))
+    shuffled_lengths = torch.tensor([len(rewards) for rewards, _, _ in responses])
+    shuffled, _ = gae(r, v, shuffled_lengths, gamma, lam)
+    assert torch.equal(shuffled, expected)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.9, 0.0)])
 def test_equals_torchrl(gamma: float, lam: float) -> None:
-    """An implementation by others, which takes a padded (B, T) batch with done flags."""
+    """torchrl's independent implementation, which takes a padded (B, T) batch with done flags."""
     functional = pytest.importorskip("torchrl.objectives.value.functional")
     torch.manual_seed(1)
     lengths = torch.tensor([5, 9, 1, 9])
@@ -111,7 +133,8 @@ def test_equals_torchrl(gamma: float, lam: float) -> None:
     inside = torch.arange(T) < lengths[:, None]
     rewards, values = torch.randn(2, int(lengths.sum()))
     r, v = torch.zeros(B, T), torch.zeros(B, T)
-    r[inside], v[inside] = rewards, values
+    r[inside] = rewards
+    v[inside] = values
     v_next = torch.cat([v[:, 1:], torch.zeros(B, 1)], 1)
     done = torch.arange(T) == lengths[:, None] - 1
     A, target = functional.generalized_advantage_estimate(
@@ -123,9 +146,9 @@ def test_equals_torchrl(gamma: float, lam: float) -> None:
         done=done[..., None],
         terminated=done[..., None],
     )
-    mine, my_target = gae(rewards, values, lengths, gamma, lam)
-    torch.testing.assert_close(mine, A[..., 0][inside], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(my_target, target[..., 0][inside], atol=1e-5, rtol=1e-5)
+    our_A, our_targets = gae(rewards, values, lengths, gamma, lam)
+    torch.testing.assert_close(our_A, A[..., 0][inside], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_targets, target[..., 0][inside], atol=1e-5, rtol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -135,21 +158,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         gae(torch.zeros(2), torch.zeros(2), torch.tensor([2, 0]))
 
 
-def test_normalise() -> None:
-    """Zero mean and unit population variance over all tokens; equal advantages give zeros, not NaN; shift and scale of the
-    rewards do not matter."""
-    a = torch.tensor([0.5, -0.5, 0.25, 1.0, 0.0])
-    n = normalize_advantages(a)
-    assert abs(float(n.mean())) < 1e-6
-    assert math.isclose(float(n.var(correction=0)), 1.0, rel_tol=1e-5)
-    torch.testing.assert_close(normalize_advantages(3 * a + 7), n)
+def test_normalize_advantages() -> None:
+    """Zero mean and unit population variance over all tokens. Shifting and scaling changes nothing.
+    Equal advantages give zeros, not NaN."""
+    A = torch.tensor([0.5, -0.5, 0.25, 1.0, 0.0])
+    normalized = normalize_advantages(A)
+    assert abs(float(normalized.mean())) < 1e-6
+    assert math.isclose(float(normalized.var(correction=0)), 1.0, rel_tol=1e-5)
+    torch.testing.assert_close(normalize_advantages(3 * A + 7), normalized)
     assert torch.equal(normalize_advantages(torch.full((4,), 0.3)), torch.zeros(4))
 
 
 def test_grpo_advantages_are_per_group_and_constant_along_a_response() -> None:
-    R, groups, lengths = (
-        torch.tensor([1.0, 0.0, 1.0, 1.0]),
-        torch.tensor([7, 7, 3, 3]),
-        torch.tensor([2, 3, 1, 1]),
-    )
+    R = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    groups, lengths = torch.tensor([7, 7, 3, 3]), torch.tensor([2, 3, 1, 1])
     assert grpo_advantages(R, groups, lengths).tolist() == [1, 1, -1, -1, -1, 0, 0]

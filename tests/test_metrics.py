@@ -1,4 +1,4 @@
-"""reports/metrics.py: every quantity of the figures, on responses a reader can count by hand."""
+"""reports/metrics.py: every quantity of the figures, on responses that can be counted by hand."""
 
 import math
 
@@ -16,12 +16,12 @@ from rollout import Rollout
         (r" 2+2=4 </think> <answer> \boxed{4} </answer>", True),
         (" a\nb </think>\n<answer>\n4\n</answer>\n", True),
         ("</think><answer></answer>", True),
-        (" 4 <answer> 4 </answer>", False),  # the thought is not closed
+        (" 4 <answer> 4 </answer>", False),  # the thought has no closing tag
         (" 4 </think> 4", False),  # no answer
-        (" 4 </think> <answer> 4", False),  # cut off
-        (" 4 </think> so <answer> 4 </answer>", False),  # text between
+        (" 4 </think> <answer> 4", False),  # the answer has no closing tag
+        (" 4 </think> so <answer> 4 </answer>", False),  # text between thought and answer
         (" </think> <answer> 1 </answer> <answer> 2 </answer>", False),  # two answers
-        (" <think> 4 </think> <answer> 4 </answer>", False),  # opened twice
+        (" <think> 4 </think> <answer> 4 </answer>", False),  # a second opening tag
     ],
 )
 def test_format(text: str, expected: bool) -> None:
@@ -30,14 +30,21 @@ def test_format(text: str, expected: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("Wait, no", True), ("wait no", False), ("let me recheck", True), ("I retry", True), ("However, x", True),
-     ("Alternatively, y", True), ("however it is", False)],
-)  # fmt: skip
+    [
+        ("Wait, no", True),
+        ("wait no", False),
+        ("let me recheck", True),
+        ("I retry", True),
+        ("However, x", True),
+        ("Alternatively, y", True),
+        ("however it is", False),
+    ],
+)
 def test_reflection(text: str, expected: bool) -> None:
     assert metrics.reflects(text) is expected
 
 
-def test_describe() -> None:
+def test_rollout_metrics() -> None:
     a, b = Problem("a", "", ""), Problem("b", "", "")
     good = " </think> <answer> 1 </answer>"
     rollouts = [
@@ -47,9 +54,16 @@ def test_describe() -> None:
         Rollout(b, [1] * 4, [], "stop", good, reward=0.0, timeout=True),
     ]
     assert metrics.rollout_metrics(rollouts) == {
-        "reward": 0.5, "length": 16.0, "format": 0.75, "reflection": 0.5, "correct_length": 20.0,
-        "correct_reflection_length": 30.0, "truncated": 0.25, "pass_at_n": 0.5, "timeout": 0.25,
-    }  # fmt: skip
+        "reward": 0.5,
+        "length": 16.0,
+        "format": 0.75,
+        "reflection": 0.5,
+        "correct_length": 20.0,
+        "correct_reflection_length": 30.0,
+        "truncated": 0.25,
+        "pass_at_n": 0.5,
+        "timeout": 0.25,
+    }
     assert math.isnan(metrics.rollout_metrics(rollouts[2:])["correct_length"])
 
 
