@@ -1,4 +1,4 @@
-"""data.py: what it reads, what it refuses, and an order that needs no state."""
+"""data.py: what it loads, what it refuses, and an order of problems that needs no state."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ import data
 from data import Problem
 
 
-def test_three_forms_are_read(tmp_path: Path) -> None:
+def test_three_layouts_are_loaded(tmp_path: Path) -> None:
     write_orz(tmp_path / "train.json", [("1+1?", "2")])
     (tmp_path / "eval.json").write_text(
         json.dumps([{"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2"}])
@@ -105,26 +105,26 @@ def test_wrong_encoding_and_missing_file(tmp_path: Path) -> None:
 
 def test_template_keeps_braces_and_ends_where_the_model_begins() -> None:
     text = data.prompt(r"\boxed{x} {question} {{y}}")
-    assert text.endswith(
-        "This is the problem:\n" + r"\boxed{x} {question} {{y}}" + "\nAssistant: <think>"
-    )
-    assert all(
-        t.count("{question}") == 1 and t.endswith("Assistant: <think>")
-        for t in data.TEMPLATES.values()
-    )
+    end = "This is the problem:\n" + r"\boxed{x} {question} {{y}}" + "\nAssistant: <think>"
+    assert text.endswith(end)
+    for template in data.TEMPLATES.values():
+        assert template.count("{question}") == 1
+        assert template.endswith("Assistant: <think>")
 
 
 def test_take_visits_every_problem_once_an_epoch_and_depends_on_the_step_alone() -> None:
     problems = [Problem(str(i), "", "") for i in range(10)]
-    stream = [
-        p.source for step in range(10) for p in data.take(problems, step, 4, seed=1)
-    ]  # four epochs
+
+    def sources(step: int, seed: int) -> list[str]:
+        return [p.source for p in data.take(problems, step, 4, seed)]
+
+    taken = [source for step in range(10) for source in sources(step, seed=1)]  # four epochs
     for epoch in range(4):
-        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == sorted(p.source for p in problems)
-    assert stream[:10] != stream[10:20]
-    assert [p.source for p in data.take(problems, 7, 4, seed=1)] == stream[28:32]
-    assert Counter(stream)["0"] == 4
-    assert stream[:4] != [p.source for p in data.take(problems, 0, 4, seed=2)]
+        assert sorted(taken[10 * epoch : 10 * epoch + 10]) == sorted(p.source for p in problems)
+    assert taken[:10] != taken[10:20]
+    assert sources(7, seed=1) == taken[28:32]
+    assert Counter(taken)["0"] == 4
+    assert taken[:4] != sources(0, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_take_visits_every_problem_once_an_epoch_and_depends_on_the_step_alone()
         (("gsm8k", "test.jsonl"), 1319),
     ],
 )
-def test_the_authors_files_load(parts: tuple[str, ...], rows: int) -> None:
+def test_the_authors_files_are_loaded(parts: tuple[str, ...], rows: int) -> None:
     problems = data.load(orz_data(*parts))
     assert len(problems) == rows
     assert all(p.question.strip() and p.answer.strip() for p in problems)

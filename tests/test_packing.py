@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 import ppo
 from critic import load_critic
 from data import Problem
-from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
+from packing import forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
+from rollout import Rollout
 
 LENGTHS = [5, 1, 9, 3, 7, 2, 12, 4]
 
@@ -21,16 +22,17 @@ def policy(model_folder: Path) -> Policy:
     return load_policy(str(model_folder))
 
 
-def flat_logprobs(policy: Policy, rollouts: list, max_tokens: int) -> torch.Tensor:
+def packed_logprobs(policy: Policy, rollouts: list[Rollout], max_tokens: int) -> torch.Tensor:
     return forward_all_tokens(lambda m: policy(m)[0], rollouts, max_tokens, "cpu")
 
 
-def test_the_picture() -> None:
+def test_docstring_example() -> None:
     """The example of the module's docstring, field by field."""
     A, B = Problem("A", "", "", (1, 2, 3)), Problem("B", "", "", (4, 5))
     a, b = random_rollouts([A, B], 9, [3, 2])
-    a.token_ids, b.token_ids = [11, 12, 13], [14, 15]
-    (micro,) = micro_batches([a, b], [1, 0], max_tokens=100)  # shorter first
+    a.token_ids = [11, 12, 13]
+    b.token_ids = [14, 15]
+    (micro,) = micro_batches([a, b], [1, 0], max_tokens=100)  # the shorter sequence comes first
     assert micro.input_ids.tolist() == [[4, 5, 14, 1, 2, 3, 11, 12]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert micro.cu_seqlens.tolist() == [0, 3, 8]
@@ -43,7 +45,7 @@ def test_the_picture() -> None:
 def test_packed_equals_separate_forwards(
     model_folder: Path, policy: Policy, problems: list[Problem]
 ) -> None:
-    """Against transformers' own forward, one unpacked sequence at a time."""
+    """Log-probabilities are those of transformers' own forward pass over one sequence at a time."""
     rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
     plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     expected = []
@@ -51,33 +53,34 @@ def test_packed_equals_separate_forwards(
         ids = torch.tensor([[*r.problem.prompt_ids, *r.token_ids]])
         logp = plain(ids).logits[0, :-1].log_softmax(-1)[len(r.problem.prompt_ids) - 1 :]
         expected.append(logp.gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0])
-    packed = flat_logprobs(policy, rollouts, max_tokens=10_000)  # all in one row
+    packed = packed_logprobs(policy, rollouts, max_tokens=10_000)  # one pack holds all
     torch.testing.assert_close(packed, torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("broken", ["cu_seqlens", "positions"])
-def test_wrong_boundaries_or_positions_are_seen(
+def test_wrong_cu_seqlens_or_positions_change_the_result(
     policy: Policy, problems: list[Problem], broken: str
 ) -> None:
-    """The comparison above has teeth: attention across sequences, or positions that run on, change the result."""
+    """The comparison above can fail: attention across sequences changes the result, and so do wrong
+    positions."""
     rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
     (micro,) = micro_batches(rollouts, range(len(rollouts)), 10_000)
     T = micro.input_ids.shape[1]
-    wrong: MicroBatch = {
-        "cu_seqlens": micro._replace(
-            cu_seqlens=torch.tensor([0, T], dtype=torch.int32), max_seqlen=T
-        ),
-        "positions": micro._replace(position_ids=torch.arange(T)[None] * 3),
-    }[broken]
-    right, off = policy(micro)[0], policy(wrong)[0]
-    assert float((right - off).abs().max()) > 1e-2
+    if broken == "cu_seqlens":
+        one_sequence = torch.tensor([0, T], dtype=torch.int32)
+        wrong_micro = micro._replace(cu_seqlens=one_sequence, max_seqlen=T)
+    else:
+        wrong_micro = micro._replace(position_ids=torch.arange(T)[None] * 3)
+    right, wrong = policy(micro)[0].detach(), policy(wrong_micro)[0].detach()
+    assert float((right - wrong).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 45, 10_000])
 def test_loss_and_gradient_do_not_depend_on_packing(
     model_folder: Path, policy: Policy, problems: list[Problem], max_tokens: int
 ) -> None:
-    """Policy and critic losses with the batch's token count as denominator: one sequence a row, a few, or all."""
+    """Policy and critic losses, divided by the batch's number of response tokens: with one sequence
+    in a pack, with a few, or with all."""
     rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
     critic = load_critic(str(model_folder))
     torch.manual_seed(1)
@@ -87,8 +90,9 @@ def test_loss_and_gradient_do_not_depend_on_packing(
         total = 0.0
         for micro in micro_batches(rollouts, range(len(rollouts)), limit):
             logp, _ = policy(micro)
-            loss, _ = ppo.policy_loss(logp, logp.detach() + 0.1, A[micro.flat])
-            loss = (loss + ppo.value_loss(critic(micro), targets[micro.flat])) / sum(LENGTHS)
+            policy_loss, _ = ppo.policy_loss(logp, logp.detach() + 0.1, A[micro.flat])
+            value_loss = ppo.value_loss(critic(micro), targets[micro.flat])
+            loss = (policy_loss + value_loss) / sum(LENGTHS)
             loss.backward()
             total += float(loss.detach())
         grads = [p.grad.flatten() for m in (policy, critic) for p in m.parameters()]
@@ -119,5 +123,6 @@ def test_mini_batches_are_near_equal_and_use_every_response_once() -> None:
     assert sorted(i for mini in minis for i in mini) == list(range(256))
     tokens = [sum(lengths[i] for i in mini) for mini in minis]
     assert max(tokens) <= 1.03 * sum(lengths) / 12
-    assert minis == mini_batches(lengths, 12, seed="3") != mini_batches(lengths, 12, seed="4")
+    assert minis == mini_batches(lengths, 12, seed="3")
+    assert minis != mini_batches(lengths, 12, seed="4")
     assert mini_batches([3, 3], 12, seed="0") in ([[0], [1]], [[1], [0]])
