@@ -1,4 +1,5 @@
-"""rollout.py: both engines give what the trainer would have given, and follow its weights."""
+"""rollout.py and hf_sampler.py: both samplers sample from the policy's distribution and follow its
+weights."""
 
 import math
 from pathlib import Path
@@ -8,24 +9,24 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import data
-from config import STOP, Sampling
+from config import STOP, Config, Sampling
 from data import Problem
 from hf_sampler import HFSampler, sample_token
 from packing import forward_all_tokens
 from policy import Policy, load_policy
 from rollout import Rollout, VllmSampler, sample_responses, sync_weights
 from toy import tiny
+from train import require_same_logprobs
 
 Sampler = VllmSampler | HFSampler
 SAMPLING = Sampling(max_tokens=40)
 
-
-OPEN: dict[
-    tuple[str, Path], Sampler
-] = {}  # a vLLM sampler that is dropped takes the process groups of the others along
+# Samplers stay open: a vLLM sampler that is freed destroys the process groups of the others.
+OPEN: dict[tuple[str, Path], Sampler] = {}
 
 
 def open_sampler(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The sampler of this kind for the model in `folder`, opened once."""
     eos = [tokenizer.eos_token_id]
     if (kind, folder) in OPEN:
         return OPEN[kind, folder]
@@ -51,7 +52,7 @@ def sampler(kind: str, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -
 
 @pytest.fixture
 def policy(sampler: Sampler, model_folder: Path) -> Policy:
-    """The trainer's policy, with the sampler in step with it."""
+    """The trainer's policy; the sampler holds its weights."""
     policy = load_policy(str(model_folder))
     sync_weights(sampler, policy)
     return policy
@@ -59,12 +60,13 @@ def policy(sampler: Sampler, model_folder: Path) -> Policy:
 
 def gap(policy: Policy, rollouts: list[Rollout], temperature: float = 1.0) -> float:
     """Largest |Δ log-prob| between sampler and trainer."""
-    trainer = forward_all_tokens(lambda m: policy(m, temperature)[0], rollouts, 4096, "cpu")
-    return float((trainer - torch.tensor([p for r in rollouts for p in r.logprobs])).abs().max())
+    logp = forward_all_tokens(lambda m: policy(m, temperature)[0], rollouts, 4096, "cpu")
+    logp_sampler = torch.tensor([p for r in rollouts for p in r.logprobs])
+    return float((logp - logp_sampler).abs().max())
 
 
 def perturb(policy: Policy, seed: int = 0) -> None:
-    """Another policy of the same shape: every weight moved by about a tenth of its size."""
+    """Move every weight by about a tenth of its size."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in policy.parameters():
@@ -102,24 +104,29 @@ def test_a_tied_head_must_be_passed_by_name(
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
 ) -> None:
-    """First silent failure: `named_parameters` of a tied model does not list the head, and vLLM keeps the old one."""
+    """First silent failure: `named_parameters` of a tied model does not list the head, and vLLM
+    keeps the old one."""
     perturb(policy, seed=1)
     named = dict(policy.model.named_parameters())
     assert "lm_head.weight" not in named
     sampler.load_weights(named.items())
-    off = gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/2"))
-    assert off > 1e-2 if kind == "vllm" else off <= 1e-4  # in transformers the two are one tensor
+    without_head = gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/2"))
+    if kind == "vllm":
+        assert without_head > 1e-2
+    else:  # in transformers embedding and head are one tensor
+        assert without_head <= 1e-4
     sync_weights(sampler, policy)
     assert gap(policy, sample_responses(sampler, tokenizer, problems, 2, SAMPLING, "0/2")) <= 1e-4
 
 
-def test_the_prefix_cache_must_not_outlive_the_weights(
+def test_the_prefix_cache_must_be_cleared_with_the_weights(
     sampler: Sampler,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Second silent failure: keys and values of long prompts, computed with the old weights, answer for the new ones."""
+    """Second silent failure: with the new weights, vLLM still uses the cached keys and values of
+    long prompts, which the old weights computed."""
     if not isinstance(sampler, VllmSampler):
         pytest.skip("only vLLM keeps prefixes between calls")
     ids = tokenizer.encode("+".join(str(1 + i % 9) for i in range(150)) + "=?")
@@ -127,8 +134,8 @@ def test_the_prefix_cache_must_not_outlive_the_weights(
     long = [Problem("long", "", "", tuple(ids))]
     sample_responses(sampler, tokenizer, long, 2, SAMPLING, "0/3")
     perturb(policy, seed=2)
-    with monkeypatch.context() as without:
-        without.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
         sync_weights(sampler, policy)
         assert gap(policy, sample_responses(sampler, tokenizer, long, 2, SAMPLING, "0/3")) > 1e-2
     sync_weights(sampler, policy)
@@ -138,19 +145,15 @@ def test_the_prefix_cache_must_not_outlive_the_weights(
 def test_a_sampler_with_other_weights_is_refused(
     sampler: Sampler, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    """Third silent failure: an sampler that takes the weights and does not use them. Only log-probabilities show it."""
-    from config import Config
-    from train import require_same_logprobs
-
+    """Third silent failure: a sampler that takes the weights and does not use them. Only
+    log-probabilities show it."""
     cfg = Config(temperature=1.0)
-    require_same_logprobs(
-        cfg, policy, sample_responses(sampler, tokenizer, problems[:4], 2, SAMPLING, "0/4")
-    )
-    stale = sample_responses(sampler, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    rollouts = sample_responses(sampler, tokenizer, problems[:4], 2, SAMPLING, "0/4")
+    require_same_logprobs(cfg, policy, rollouts)
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="does not hold the policy's weights"):
-        require_same_logprobs(cfg, policy, stale)
+        require_same_logprobs(cfg, policy, rollouts)
 
 
 def test_untied_models_sync(
@@ -166,66 +169,71 @@ def test_untied_models_sync(
 def test_same_seed_same_rollouts(
     sampler: Sampler, policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    """Also when the rest of the batch is another: a response has a random stream of its own. Samples of a problem differ."""
-    first = [
-        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/0")
-    ]
-    assert first == [
-        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/0")
-    ]
-    assert first[:12] == [
-        r.token_ids for r in sample_responses(sampler, tokenizer, problems[:3], 4, SAMPLING, "7/0")
-    ]
-    assert first != [
-        r.token_ids for r in sample_responses(sampler, tokenizer, problems, 4, SAMPLING, "7/1")
-    ]
-    assert all(len({tuple(ids) for ids in first[i : i + 4]}) > 1 for i in range(0, len(first), 4))
+    """Also with other problems in the batch: a response has a random stream of its own. The
+    responses to one problem differ."""
+
+    def sample(problems: list[Problem], stream: str) -> list[tuple[int, ...]]:
+        rollouts = sample_responses(sampler, tokenizer, problems, 4, SAMPLING, stream)
+        return [tuple(r.token_ids) for r in rollouts]
+
+    first = sample(problems, "7/0")
+    assert sample(problems, "7/0") == first
+    assert sample(problems[:3], "7/0") == first[:12]
+    assert sample(problems, "7/1") != first
+    for i in range(0, len(first), 4):
+        assert len(set(first[i : i + 4])) > 1
 
 
 def test_responses_end_where_they_should(
     kind: str, base_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
-    """A response ends with the token that completes a stop string, with EOS, or at the limit; that last token is part of
-    it; nothing follows it; text and ids say the same."""
+    """A response ends with the token that completes a stop string, with EOS, or at the limit. That
+    token is part of the response and nothing follows it. The text is the decoded ids."""
     sampler = open_sampler(kind, base_folder, tokenizer)
     rollouts = sample_responses(sampler, tokenizer, problems, 8, Sampling(24), "1/0")
-    kinds = set()
+    ends = set()
     for r in rollouts:
         assert r.text == tokenizer.decode(r.token_ids)
-        stopped_at = [s for s in STOP if s in r.text]
+        found = [s for s in STOP if s in r.text]
         before = tokenizer.decode(r.token_ids[:-1])
         assert not any(s in before for s in STOP)
         assert tokenizer.eos_token_id not in r.token_ids[:-1]
         if r.finish_reason == "length":
             assert len(r.token_ids) == 24
-            kinds.add("length")
+            ends.add("length")
+        elif found:
+            ends.add("stop string")
         else:
-            assert stopped_at or r.token_ids[-1] == tokenizer.eos_token_id
-            kinds.add("stop string" if stopped_at else "eos")
-    assert kinds == {"stop string", "eos", "length"}
+            assert r.token_ids[-1] == tokenizer.eos_token_id
+            ends.add("eos")
+    assert ends == {"stop string", "eos", "length"}
 
 
 def test_sampled_tokens_follow_the_distribution() -> None:
-    """Frequencies match the softmax; top-p keeps the smallest set of at least that mass and renormalises its log-probs."""
+    """Frequencies match the softmax. Top-p keeps the smallest set of tokens with at least that
+    mass, and the log-probabilities are those within the set."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    token, logp = sample_token(logits.expand(len(u), -1), u, Sampling(1, temperature=0.5))
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    batch = logits.expand(len(uniform), -1)
+    token, logp = sample_token(batch, uniform, Sampling(1, temperature=0.5))
+    frequencies = torch.bincount(token, minlength=4) / len(uniform)
     p = (logits / 0.5).softmax(0)
-    torch.testing.assert_close(torch.bincount(token, minlength=4) / len(u), p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(frequencies, p, atol=1e-4, rtol=0)
     torch.testing.assert_close(logp, p.log()[token])
-    token, logp = sample_token(logits.expand(len(u), -1), u, Sampling(1, top_p=0.8))
-    q = logits[:2].softmax(0)  # 0.64 + 0.24 is the first sum ≥ 0.8
+    token, logp = sample_token(batch, uniform, Sampling(1, top_p=0.8))
+    p_of_two = logits[:2].softmax(0)  # 0.64 + 0.24 is the first sum ≥ 0.8
     assert token.max() == 1
-    torch.testing.assert_close(logp, q.log()[token])
+    torch.testing.assert_close(logp, p_of_two.log()[token])
 
 
-def test_an_engine_leaves_generation_defaults_of_a_model_alone(
+def test_samplers_ignore_the_generation_settings_of_a_model(
     sampler: Sampler,
     model_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
 ) -> None:
-    """T = 1 and top-p 1 mean the full distribution: the sampled log-probs average to minus the entropy."""
+    """T = 1 and top-p 1 mean the full distribution: the sampled log-probabilities average to minus
+    the entropy."""
     plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     policy = load_policy(str(model_folder))
     sync_weights(sampler, policy)
@@ -233,22 +241,19 @@ def test_an_engine_leaves_generation_defaults_of_a_model_alone(
     logp = plain(torch.tensor([problems[0].prompt_ids])).logits[0, -1].log_softmax(-1).detach()
     p = logp.exp()
     entropy = float(-(p * logp).sum())
-    spread = float((p * (logp + entropy) ** 2).sum().sqrt())
-    assert abs(-sum(r.logprobs[0] for r in rollouts) / 400 - entropy) < 4 * spread / math.sqrt(400)
+    std = float((p * (logp + entropy) ** 2).sum().sqrt())
+    estimate = -sum(r.logprobs[0] for r in rollouts) / 400
+    assert abs(estimate - entropy) < 4 * std / math.sqrt(400)
 
 
 def test_overlong_prompts_are_refused_at_load(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [
-        Problem("set.json:1", "1+2=?", "3"),
-        Problem("set.json:2", "+".join("123456789") + "=?", "45"),
-    ]
-    with pytest.raises(
-        ValueError, match=r"set.json:2: prompt of \d+ tokens is over --prompt-tokens 10"
-    ):
-        data.tokenize(rows, tokenizer, 10, data.TEMPLATE)
-    assert [p.source for p in data.tokenize(rows, tokenizer, 10, data.TEMPLATE, drop=True)] == [
-        "set.json:1"
-    ]
+    short = Problem("set.json:1", "1+2=?", "3")
+    long = Problem("set.json:2", "+".join("123456789") + "=?", "45")
+    message = r"set.json:2: prompt of \d+ tokens is over --prompt-tokens 10"
+    with pytest.raises(ValueError, match=message):
+        data.tokenize([short, long], tokenizer, 10, data.TEMPLATE)
+    kept = data.tokenize([short, long], tokenizer, 10, data.TEMPLATE, drop=True)
+    assert [p.source for p in kept] == ["set.json:1"]
 
 
 def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:

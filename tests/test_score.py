@@ -1,4 +1,5 @@
-"""reward.py: what one response earns, by comparison, by running it, or by a function of one's own."""
+"""reward.py: the reward of a response, by comparison, by running a program or by a custom function.
+reports/metrics.py: what a table of results shows."""
 
 import json
 import math
@@ -23,8 +24,9 @@ def grader() -> Grader:
         yield grader
 
 
-def answered(problem: Problem, text: str, finish: str = "stop") -> Rollout:
-    return Rollout(problem, [0] * 5, [], finish, f"so</think> <answer>{text}</answer>")
+def answered(problem: Problem, text: str, finish_reason: str = "stop") -> Rollout:
+    """A response to `problem` that gives `text` as its answer."""
+    return Rollout(problem, [0] * 5, [], finish_reason, f"so</think> <answer>{text}</answer>")
 
 
 def test_right_and_finished_earns_one(grader: Grader) -> None:
@@ -34,76 +36,85 @@ def test_right_and_finished_earns_one(grader: Grader) -> None:
     assert [r.answer for r in rollouts] == ["0.5", "0.25", "0.5"]
 
 
-def test_a_reward_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader
-) -> None:
+def test_custom_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader) -> None:
     (tmp_path / "mine_reward.py").write_text(
         "def brief(response, problem): return len(problem.answer) / len(response)"
     )
     monkeypatch.chdir(tmp_path)
-    own = reward.load_custom_reward("mine_reward:brief")
+    brief = reward.load_custom_reward("mine_reward:brief")
     problem = Problem("set:1", "", "12")
-    whole, cut = reward.score(
-        [answered(problem, "12"), answered(problem, "12", "length")], grader, own
-    )
-    assert whole.reward == 2 / len(whole.text) and cut.reward == 0
+    finished, truncated = answered(problem, "12"), answered(problem, "12", "length")
+    reward.score([finished, truncated], grader, brief)
+    assert finished.reward == 2 / len(finished.text)
+    assert truncated.reward == 0
     assert reward.load_custom_reward("") is None
-    for wrong in ("mine_reward:long", "no_such_module:f", "mine_reward", "math:pi"):
-        with pytest.raises(ValueError, match=f"--reward {wrong}: "):
-            reward.load_custom_reward(wrong)
+    for name in ("mine_reward:long", "no_such_module:f", "mine_reward", "math:pi"):
+        with pytest.raises(ValueError, match=f"--reward {name}: "):
+            reward.load_custom_reward(name)
     with pytest.raises(ValueError, match="gave nan for a response to set:1"):
         reward.score([answered(problem, "12")], grader, lambda response, problem: math.nan)
 
 
-def test_sets_are_told_apart(grader: Grader) -> None:
+def test_heldout_metrics_have_the_reward_of_each_set(grader: Grader) -> None:
     a, b = Problem("a:1", "", "1"), Problem("b:1", "", "2")
     rollouts = [answered(a, "1"), answered(a, "1"), answered(b, "1"), answered(b, "2")]
     metrics = heldout_metrics(reward.score(rollouts, grader))
-    assert (metrics["reward"], metrics["reward/a"], metrics["reward/b"]) == (0.75, 1.0, 0.5)
+    assert metrics["reward"] == 0.75
+    assert metrics["reward/a"] == 1.0
+    assert metrics["reward/b"] == 0.5
     assert "reward/a" not in heldout_metrics(rollouts[:1])
 
 
 @pytest.mark.skipif(bool(sandbox.unavailable()), reason="no sandbox here")
 def test_programs_earn_one_for_passing_all_tests(tmp_path: Path, grader: Grader) -> None:
-    """From a benchmark's row to rewards, beside a problem with an answer; a hostile program costs its neighbours nothing."""
-    cases = [
-        {"input": given, "output": wanted, "testtype": "stdin"}
-        for given, wanted in (("1 2", "3"), ("5 6", "11"))
-    ]
-    shown, hidden = (json.dumps([case]) for case in cases)
-    row = {"question_content": "Add.", "public_test_cases": shown, "private_test_cases": hidden}
+    """From a row of a benchmark to rewards, together with a problem that has an answer. A hostile
+    program does not change the rewards of the others."""
+    public = {"input": "1 2", "output": "3", "testtype": "stdin"}
+    private = {"input": "5 6", "output": "11", "testtype": "stdin"}
+    row = {
+        "question_content": "Add.",
+        "public_test_cases": json.dumps([public]),
+        "private_test_cases": json.dumps([private]),
+    }
     (tmp_path / "code.jsonl").write_text(json.dumps(row))
     (add,) = data.load(tmp_path / "code.jsonl")
     right, wrong = "print(sum(map(int, input().split())))", "print(3)"
     hostile = "import os\nwhile True: os.fork()"
-    written = [
-        answered(add, f"\n```python\n{program}\n```\n")
-        for program in (right, wrong, hostile, right)
-    ]
-    bare, cut = answered(add, right), answered(add, f"\n```python\n{right}\n```\n", "length")
-    compared = answered(Problem("set:1", "", "3"), "3")
-    rewards = [r.reward for r in reward.score([*written, bare, cut, compared], grader)]
+
+    def fenced(program: str) -> str:
+        return f"\n```python\n{program}\n```\n"
+
+    rollouts = [answered(add, fenced(program)) for program in (right, wrong, hostile, right)]
+    rollouts.append(answered(add, right))  # without the fence
+    rollouts.append(answered(add, fenced(right), "length"))
+    rollouts.append(answered(Problem("set:1", "", "3"), "3"))
+    rewards = [r.reward for r in reward.score(rollouts, grader)]
     assert rewards == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
-    assert written[0].answer.strip() == right
+    assert rollouts[0].answer.strip() == right
 
 
-# ── figures of a table ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a table of results shows ─────────────────────────────────────────────────────────────────
 
 
 def test_pass_at_is_the_share_of_all_choices() -> None:
+    """Of all choices of k among n responses, c of them right: the share with a right one."""
     for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 1, 4), (4, 0, 2), (4, 4, 1)]:
-        chosen = list(combinations([True] * c + [False] * (n - c), k))
-        assert pass_at(k, n, c) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+        right = [True] * c + [False] * (n - c)
+        choices = list(combinations(right, k))
+        with_a_right_one = [any(choice) for choice in choices]
+        assert pass_at(k, n, c) == pytest.approx(sum(with_a_right_one) / len(choices))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_covers_the_true_mean_95_times_in_100() -> None:
     rng = random.Random(0)
+
+    def mean_of_a_problem() -> float:
+        """The mean reward of four responses, each right with a probability uniform in [0, 1]."""
+        return sum(rng.random() < rng.betavariate(1, 1) for _ in range(4)) / 4
+
     inside = 0
     for _ in range(1000):
-        means = [
-            sum(rng.random() < rng.betavariate(1, 1) for _ in range(4)) / 4 for _ in range(100)
-        ]
-        low, high = interval(means)
+        low, high = interval([mean_of_a_problem() for _ in range(100)])
         inside += low <= 0.5 <= high
     assert 930 <= inside <= 970
     assert interval([1.0] * 60) == (0.95, 1.0)
@@ -113,20 +124,30 @@ def test_majority_counts_equal_answers_as_one(grader: Grader) -> None:
     problem = Problem("set:1", "", "\\frac{1}{2}")
     texts = ["0.5", "\\frac{1}{2}", "3", "1/2", "4"]
     group = reward.score([answered(problem, text) for text in texts], grader)
-    assert majority([group], grader.equal) == 1.0  # three ways to say a half
+    assert majority([group], grader.equal) == 1.0  # three ways to write a half
     tie = reward.score([answered(problem, text) for text in ("0.5", "3")], grader)
-    cut = reward.score([answered(problem, "3"), answered(problem, "0.5", "length")], grader)
-    none = reward.score([answered(problem, "")], grader)
-    assert [majority([g], grader.equal) for g in (tie, cut, none)] == [0.5, 0.0, 0.0]
+    truncated = [answered(problem, "3"), answered(problem, "0.5", "length")]
+    reward.score(truncated, grader)
+    unanswered = reward.score([answered(problem, "")], grader)
+    assert majority([tie], grader.equal) == 0.5
+    assert majority([truncated], grader.equal) == 0.0
+    assert majority([unanswered], grader.equal) == 0.0
     assert majority([group, tie], grader.equal) == 0.75
 
 
 def test_summary(grader: Grader) -> None:
     a, b = Problem("set:1", "", "1"), Problem("set:2", "", "2")
-    rollouts = reward.score(
-        [*(answered(a, t) for t in "1113"), *(answered(b, t) for t in "1123")], grader
-    )
-    s = summary(rollouts, grader.equal)
-    assert (s["problems"], s["samples"], s["reward"]) == (2, 4, 0.5)
-    assert (s["pass@1"], s["pass@2"], s["pass@4"], s["maj@4"]) == (0.5, 0.75, 1.0, 0.5)
-    assert s["low"] < 0.5 < s["high"] and s["length"] == 5
+    rollouts = [answered(a, text) for text in "1113"] + [answered(b, text) for text in "1123"]
+    table = summary(reward.score(rollouts, grader), grader.equal)
+    expected = {
+        "problems": 2,
+        "samples": 4,
+        "reward": 0.5,
+        "pass@1": 0.5,
+        "pass@2": 0.75,
+        "pass@4": 1.0,
+        "maj@4": 0.5,
+        "length": 5,
+    }
+    assert {name: table[name] for name in expected} == expected
+    assert table["low"] < 0.5 < table["high"]

@@ -1,7 +1,8 @@
-"""How much work a step is, in counts that no machine changes: a loop that does something twice fails here."""
+"""How much work a step is, in counts that are the same on every machine. A loop that does something
+twice fails here."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,152 +28,181 @@ class Work(NamedTuple):
     """What was counted in two steps of training."""
 
     counts: Counter[str]
-    rollouts: list[list[Rollout]]  # of each step
+    rollouts: list[Rollout]  # of both steps
     model: plan.Shape
     cfg: config.Config
     folder: Path
 
     def inputs(self) -> int:
-        """Input tokens that a pass over all sequences reads."""
-        return sum(
-            len(r.problem.prompt_ids) + len(r.token_ids) - 1 for step in self.rollouts for r in step
-        )
+        """Input tokens that one pass over all sequences reads."""
+        return sum(len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in self.rollouts)
 
     def actions(self) -> int:
-        return sum(len(r.token_ids) for step in self.rollouts for r in step)
+        """Response tokens of all sequences."""
+        return sum(len(r.token_ids) for r in self.rollouts)
 
 
-def counting(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
-    def around(owner: Any, name: str, note: Callable[..., None]) -> None:
-        original = getattr(owner, name)
+# ── counting ──────────────────────────────────────────────────────────────────────────────────────
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            note(*args, **kwargs)
-            return original(*args, **kwargs)
 
-        patch.setattr(owner, name, counted)
+def count_work(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
+    """Patch the program's functions, so that they count their work in `counts`."""
 
     def forward(model: Any, micro: Any, *_: Any) -> None:
-        kind = (
-            f"{type(model).__name__}, {'with' if torch.is_grad_enabled() else 'without'} gradient"
-        )
+        gradient = "with" if torch.is_grad_enabled() else "without"
+        kind = f"{type(model).__name__}, {gradient} gradient"
         counts[f"passes: {kind}"] += 1
         counts[f"tokens: {kind}"] += micro.input_ids.numel()
 
-    def parameters(
-        _: Any, weights: Iterator[tuple[str, torch.Tensor]]
+    def compare(_: Any, pairs: Any) -> None:
+        counts["pairs compared"] += len(pairs)
+
+    def sample_token(logits: torch.Tensor, *_: Any) -> None:
+        counts["tokens sampled"] += len(logits)
+
+    def generate_batch(*_: Any) -> None:
+        counts["generations"] += 1
+
+    call_first(forward, policy.Policy, "forward", patch)
+    call_first(forward, critic.Critic, "forward", patch)
+    call_first(compare, pool.Grader, "_compare", patch)
+    call_first(sample_token, hf_sampler, "sample_token", patch)
+    call_first(generate_batch, hf_sampler.HFSampler, "_generate_batch", patch)
+    count_copied_parameters(counts, patch)
+    for name in ("predict_values", "update_critic", "update_policy"):
+        count_flops(counts, patch, name)
+
+
+def call_first(note: Callable[..., None], owner: Any, name: str, patch: pytest.MonkeyPatch) -> None:
+    """Make `owner.name` call `note` with its arguments before it does its work."""
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+
+
+def count_copied_parameters(counts: Counter[str], patch: pytest.MonkeyPatch) -> None:
+    """Count the parameters that the sampler is given."""
+    original = hf_sampler.HFSampler.load_weights
+
+    def counted(
+        weights: Iterable[tuple[str, torch.Tensor]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        counts["syncs"] += 1
         for name, weight in weights:
             counts["parameters copied"] += weight.numel()
             yield name, weight
 
-    load = hf_sampler.HFSampler.load_weights
-    patch.setattr(
-        hf_sampler.HFSampler, "load_weights", lambda self, ws: load(self, parameters(self, ws))
-    )
-    around(policy.Policy, "forward", forward)
-    around(critic.Critic, "forward", forward)
-    around(pool.Grader, "_compare", lambda _, pairs: counts.update({"pairs compared": len(pairs)}))
-    around(
-        hf_sampler, "sample_token", lambda logits, *_: counts.update({"tokens drawn": len(logits)})
-    )
-    around(hf_sampler.HFSampler, "_generate_batch", lambda *_: counts.update({"generations": 1}))
-    for name in ("predict_values", "update_critic", "update_policy"):
-        counted_flops(counts, patch, name)
+    def load_weights(sampler: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        counts["syncs"] += 1
+        original(sampler, counted(weights))
+
+    patch.setattr(hf_sampler.HFSampler, "load_weights", load_weights)
 
 
-def counted_flops(counts: Counter[str], patch: pytest.MonkeyPatch, name: str) -> None:
-    """Operations of matrix products, attention apart: it computes on rectangles, and FLOPs of masked pairs are no work."""
+def count_flops(counts: Counter[str], patch: pytest.MonkeyPatch, name: str) -> None:
+    """Count the operations of the matrix products in a stage of train.py. Attention is left out,
+    because its count includes masked pairs, which are no work."""
     original = getattr(train, name)
 
     def counted(*args: Any) -> Any:
         with FlopCounterMode(display=False) as flops:
             out = original(*args)
-        by_operation = flops.get_flop_counts()["Global"]
-        counts[f"flops: {name}"] += sum(
-            n for operation, n in by_operation.items() if "attention" not in str(operation)
-        )
+        for operation, flop in flops.get_flop_counts()["Global"].items():
+            if "attention" not in str(operation):
+                counts[f"flops: {name}"] += flop
         return out
 
     patch.setattr(train, name, counted)
 
 
 @pytest.fixture(scope="module")
-def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
-    cfg = config.parse([
-        "--model", str(base_folder), "--data", str(base_folder / "train.json"), "--engine", "transformers",
-        "--runs", str(tmp_path_factory.mktemp("runs")), "--name", "work", "--save-rollouts", "--steps", str(STEPS),
-        "--prompts", "6", "--samples", "8", "--prompt-tokens", "64", "--response-tokens", "48", "--micro-tokens", "512",
-        "--critic-steps", "3", "--policy-lr", "1e-3", "--critic-lr", "1e-3", "--grader-workers", "1",
-    ])  # fmt: skip
-    prepared = preflight.prepare(cfg)  # compares golds with themselves, which is not a step's work
+def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Two steps of 6 problems × 8 responses."""
+    files = ["--model", str(base_folder), "--data", str(base_folder / "train.json")]
+    files += ["--runs", str(tmp_path_factory.mktemp("runs"))]
+    settings = f"""
+        --name work --engine transformers --save-rollouts --steps {STEPS} --prompts 6 --samples 8
+        --prompt-tokens 64 --response-tokens 48 --micro-tokens 512 --critic-steps 3
+        --policy-lr 1e-3 --critic-lr 1e-3 --grader-workers 1
+    """.split()
+    cfg = config.parse([*files, *settings])
+    prepared = preflight.prepare(cfg)  # compares gold answers; that is not the work of a step
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        counting(counts, patch)
+        count_work(counts, patch)
         folder = train.train(cfg, prepared)
-    rollouts = [
-        rollout.load_rollouts(folder / "rollouts" / f"step-{s}.jsonl") for s in range(STEPS)
-    ]
-    yield Work(counts, rollouts, plan.shape(str(base_folder)), cfg, folder)
+    rollouts = []
+    for step in range(STEPS):
+        rollouts += rollout.load_rollouts(folder / "rollouts" / f"step-{step}.jsonl")
+    return Work(counts, rollouts, plan.shape(str(base_folder)), cfg, folder)
 
 
-def test_every_token_is_read_as_often_as_it_must(work: Work) -> None:
-    """One value pass, one policy pass and one critic pass with gradient; none for log-probabilities that are known."""
+# ── what was counted ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_models_read_every_token_once_per_stage(work: Work) -> None:
+    """One pass for the values, one of the critic and one of the policy with gradient, and none for
+    log-probabilities that are known."""
     counts = work.counts
-    check = 4  # responses that the check of the sampler asks for before the first step
+    checked = 4  # responses that are sampled to check the sampler before the first step
     assert counts["tokens: Critic, without gradient"] == work.inputs()
     assert counts["tokens: Critic, with gradient"] == work.inputs()
     assert counts["tokens: Policy, with gradient"] == work.inputs()
     assert counts["passes: Policy, without gradient"] == 1
-    assert counts["tokens: Policy, without gradient"] <= check * (64 + 48)
+    assert counts["tokens: Policy, without gradient"] <= checked * (64 + 48)
 
 
-def test_rows_are_full(work: Work) -> None:
-    """No more passes than rows of --micro-tokens that are three quarters full, and a last one of each mini-batch."""
-    full = work.inputs() / (0.75 * work.cfg.micro_tokens)
-    assert work.counts["passes: Policy, with gradient"] <= full + STEPS
-    assert work.counts["passes: Critic, without gradient"] <= full + STEPS
-    assert work.counts["passes: Critic, with gradient"] <= full + STEPS * work.cfg.critic_steps
+def test_packs_are_full(work: Work) -> None:
+    """No more packs than if each was three quarters full, but for the last one of each
+    mini-batch."""
+    packs = work.inputs() / (0.75 * work.cfg.micro_tokens)
+    assert work.counts["passes: Policy, with gradient"] <= packs + STEPS
+    assert work.counts["passes: Critic, without gradient"] <= packs + STEPS
+    assert work.counts["passes: Critic, with gradient"] <= packs + STEPS * work.cfg.critic_steps
 
 
-def test_fourteen_operations_a_weight_and_token(work: Work) -> None:
-    """2 for the values, 6 each for critic and policy. The vocabulary head reads response tokens alone and costs 8: its
-    logits are computed again in the backward pass."""
-    s = work.model
-    matrices = s.layers * (
-        s.layer - 2 * s.hidden - (s.heads + 2 * s.kv_heads) * s.head_size
-    )  # without norms and biases
-    body, value_head = matrices * work.inputs(), s.hidden * work.actions()
+def test_fourteen_operations_per_weight_and_token(work: Work) -> None:
+    """2 for the values, 6 each for critic and policy. The vocabulary head computes on response
+    tokens alone and costs 8: its logits are computed again in the backward pass."""
+    shape = work.model
+    norms = 2 * shape.hidden
+    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_size
+    matrices = shape.layers * (shape.layer - norms - biases)
+    body = matrices * work.inputs()
+    value_head = shape.hidden * work.actions()
+    vocabulary_head = shape.vocab * shape.hidden * work.actions()
     counts = work.counts
     assert counts["flops: predict_values"] == 2 * (body + value_head)
     assert counts["flops: update_critic"] == 6 * (body + value_head)
-    head = s.vocab * s.hidden * work.actions()
-    assert counts["flops: update_policy"] == 6 * body + 8 * head
+    assert counts["flops: update_policy"] == 6 * body + 8 * vocabulary_head
 
 
-def test_sampling_draws_little_more_than_it_keeps(work: Work) -> None:
-    """A prompt's responses share its prefill, and rows that have stopped leave when they are a quarter of the batch."""
+def test_sampler_computes_few_tokens_that_are_not_kept(work: Work) -> None:
+    """The responses to all prompts are one batch. Finished sequences leave it when they are a
+    quarter of it."""
     assert work.counts["generations"] == STEPS + 1
-    assert work.counts["tokens drawn"] <= work.actions() / 0.75 + (STEPS + 1) * 48
+    assert work.counts["tokens sampled"] <= work.actions() / 0.75 + (STEPS + 1) * 48
 
 
-def test_weights_are_passed_once_a_step(work: Work) -> None:
-    """Every parameter, and a tied head by its own name too."""
+def test_weights_are_copied_once_per_step(work: Work) -> None:
+    """Every parameter, and also a tied head by its own name."""
+    shape = work.model
     assert work.counts["syncs"] == STEPS + 1
-    assert work.counts["parameters copied"] == (STEPS + 1) * (
-        work.model.policy + work.model.vocab * work.model.hidden
-    )
+    parameters = shape.policy + shape.vocab * shape.hidden
+    assert work.counts["parameters copied"] == (STEPS + 1) * parameters
 
 
-def test_like_answers_are_compared_once(work: Work) -> None:
-    pairs = {(r.problem.answer, r.answer) for step in work.rollouts for r in step if r.answer}
-    wrong = {(gold, answer) for gold, answer in pairs if gold != answer}
-    assert len(wrong) > 5
-    assert work.counts["pairs compared"] <= len(wrong)
+def test_the_same_answer_is_compared_once(work: Work) -> None:
+    pairs = {(r.problem.answer, r.answer) for r in work.rollouts if r.answer}
+    different = {(gold, answer) for gold, answer in pairs if gold != answer}
+    assert len(different) > 5
+    assert work.counts["pairs compared"] <= len(different)
 
 
-def test_a_checkpoint_is_twelve_bytes_a_parameter(work: Work) -> None:
+def test_a_checkpoint_is_twelve_bytes_per_parameter(work: Work) -> None:
     files = (work.folder / "checkpoints" / f"step-{STEPS}").rglob("*")
     size = sum(file.stat().st_size for file in files if file.is_file())
     weights = 12 * (work.model.policy + work.model.critic)
