@@ -1,14 +1,15 @@
-"""checkpoint.py: whole or absent; refusals in one line; exports that others load; rollouts that can be trained on again."""
+"""checkpoint.py: checkpoints are complete or absent, other programs load the exports, and refusals
+are one line. rollout.py: saved rollouts can be trained on again."""
 
-import json
 import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import random_model, random_rollouts
+from conftest import SMALL_RUN, random_model, random_rollouts, untimed_metrics
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,12 +23,12 @@ import checkpoint
 import data
 import ppo
 import train
-from checkpoint import Checkpoints, by_step, find_checkpoint, named_tensors
+from checkpoint import Checkpoints, Trained, by_step, find_checkpoint, named_tensors
 from config import Config, Sampling, parse
 from critic import Critic, load_critic
 from data import Problem
 from packing import forward_all_tokens
-from policy import load_policy
+from policy import Policy, load_policy
 from preflight import prepare
 from rollout import Rollout, VllmSampler, load_rollouts, sample_responses, save_rollouts
 
@@ -36,58 +37,52 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def flags(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [
-        "--model", str(base_folder), "--data", str(base_folder / "train.json"), "--engine", "transformers",
-        "--runs", str(tmp_path_factory.mktemp("runs")), "--prompts", "4", "--samples", "4", "--steps", str(STEPS),
-        "--prompt-tokens", "64", "--response-tokens", "24", "--critic-steps", "3", "--policy-lr", "1e-3",
-        "--critic-lr", "1e-3", "--grader-workers", "1", "--checkpoint-every", "1",
-    ]  # fmt: skip
+    """A run of four steps that saves a checkpoint after each."""
+    files = ["--model", str(base_folder), "--data", str(base_folder / "train.json")]
+    files += ["--runs", str(tmp_path_factory.mktemp("runs"))]
+    settings = f"--engine transformers --steps {STEPS} --checkpoint-every 1".split()
+    return [*files, *settings, *SMALL_RUN]
 
 
 def run(flags: list[str], *more: str) -> Path:
+    """Train; returns the run folder."""
     cfg = parse([*flags, *more])
     return train.train(cfg, prepare(cfg))
 
 
 @pytest.fixture(scope="module")
 def whole(flags: list[str]) -> Path:
-    """A run of four steps with everything kept."""
+    """A run that was not interrupted, with all its rollouts and checkpoints."""
     return run(flags, "--name", "whole", "--save-rollouts", "--keep-checkpoints", "9")
 
 
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if "second" not in k and k != "memory_gb"} for row in rows
-    ]
-
-
 def weights(folder: Path) -> dict[str, bytes]:
-    return {
-        role: (folder / role / "model.safetensors").read_bytes() for role in ("policy", "critic")
-    }
+    """The files of weights that a run exported."""
+    roles = ("policy", "critic")
+    return {role: (folder / role / "model.safetensors").read_bytes() for role in roles}
 
 
 def refusal(flags: list[str], *more: str) -> str:
-    with pytest.raises(ValueError) as wrong:
-        prepare(parse([*flags, *more]))
-    assert "\n" not in str(wrong.value)
-    return str(wrong.value)
+    """The one line with which `prepare` refuses; the run is called x unless `more` names it."""
+    with pytest.raises(ValueError) as error:
+        prepare(parse([*flags, "--name", "x", *more]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.fixture
 def copy(whole: Path) -> Path:
-    """The run again, to be damaged."""
+    """A copy of the run, which a test may damage."""
     folder = whole.parent / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
     return folder
 
 
-def test_every_step_and_only_the_last_ones_are_kept(flags: list[str], whole: Path) -> None:
-    assert [p.name for p in by_step(whole / "checkpoints")] == [
-        f"step-{n}" for n in range(1, STEPS + 1)
-    ]
+def test_only_the_newest_checkpoints_are_kept(flags: list[str], whole: Path) -> None:
+    """Up to --keep-checkpoints of them."""
+    all_steps = [f"step-{n}" for n in range(1, STEPS + 1)]
+    assert [p.name for p in by_step(whole / "checkpoints")] == all_steps
     two = run(flags, "--name", "two", "--keep-checkpoints", "2")
     assert [p.name for p in by_step(two / "checkpoints")] == ["step-3", "step-4"]
     assert not list((two / "checkpoints").glob("*.tmp"))
@@ -95,126 +90,120 @@ def test_every_step_and_only_the_last_ones_are_kept(flags: list[str], whole: Pat
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_branching_off_gives_the_same_run(flags: list[str], whole: Path, step: int) -> None:
-    """From a checkpoint in another folder: same metrics, before and after it, and the same weights to the last bit."""
-    branch = run(
-        flags, "--name", f"branch-{step}", "--resume", str(whole / "checkpoints" / f"step-{step}")
-    )
-    assert metrics(branch) == metrics(whole)
+    """A run that resumes from another run's checkpoint has the same metrics, before and after it,
+    and the same weights to the last bit."""
+    saved = str(whole / "checkpoints" / f"step-{step}")
+    branch = run(flags, "--name", f"branch-{step}", "--resume", saved)
+    assert untimed_metrics(branch) == untimed_metrics(whole)
     assert weights(branch) == weights(whole)
 
 
-def test_auto_starts_when_there_is_nothing_and_goes_on_when_there_is(
-    flags: list[str], whole: Path
-) -> None:
+def test_resume_auto_begins_a_run_and_continues_it(flags: list[str], whole: Path) -> None:
     more = ("--name", "auto", "--resume", "auto")
     half = run(flags, *more, "--steps", "2")
-    assert len(metrics(half)) == 2
+    assert len(untimed_metrics(half)) == 2
     assert weights(run(flags, *more)) == weights(whole)
-    assert metrics(half) == metrics(whole)
-    assert weights(run(flags, *more)) == weights(
-        whole
-    )  # finished: nothing left to do, nothing lost
-    assert "finished run without checkpoints" in refusal(flags, *more, "--name", bare(half).name)
+    assert untimed_metrics(half) == untimed_metrics(whole)
+    # The run is finished: resuming it again does nothing.
+    assert weights(run(flags, *more)) == weights(whole)
+    bare = half.with_name("bare")
+    shutil.copytree(half, bare)
+    shutil.rmtree(bare / "checkpoints")
+    message = refusal(flags, "--name", "bare", "--resume", "auto")
+    assert "finished run without checkpoints" in message
 
 
-def bare(folder: Path) -> Path:
-    other = folder.with_name("bare")
-    shutil.copytree(folder, other)
-    shutil.rmtree(other / "checkpoints")
-    return other
-
-
-def test_a_truncated_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     flags: list[str], copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = next((copy / "checkpoints" / "step-4").glob("*.distcp"))
+    checkpoints = copy / "checkpoints"
+    file = next((checkpoints / "step-4").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
-    found = find_checkpoint("auto", copy)
-    assert found.path.name == "step-3"
+    assert find_checkpoint("auto", copy).path.name == "step-3"
     assert "step-4 is damaged" in capsys.readouterr().out
-    assert "is damaged: __0_0.distcp has" in refusal(
-        flags, "--name", "x", "--resume", str(file.parent)
-    )
-    (copy / "checkpoints" / "step-3" / "run.json").unlink()
+    message = refusal(flags, "--resume", str(checkpoints / "step-4"))
+    assert "is damaged: __0_0.distcp has" in message
+    (checkpoints / "step-3" / "run.json").unlink()
     assert find_checkpoint("auto", copy).path.name == "step-2"
-    assert "no complete checkpoint" in refusal(
-        flags, "--name", "x", "--resume", str(copy / "checkpoints" / "step-3")
-    )
-    assert len(by_step(copy / "checkpoints")) == 4  # none was removed
+    message = refusal(flags, "--resume", str(checkpoints / "step-3"))
+    assert "no complete checkpoint" in message
+    assert len(by_step(checkpoints)) == 4  # none was removed
 
 
-def test_other_models_and_runs_are_refused_by_name(
+def test_checkpoints_that_do_not_fit_the_run_are_refused(
     flags: list[str], whole: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     last = str(whole / "checkpoints" / "step-4")
     other = random_model(tmp_path / "other", tokenizer, tied=False)
-    for file in ("train.json", "heldout.json"):
-        shutil.copy(Path(flags[1]) / file, other)
-    said = refusal(flags, "--model", str(other), "--name", "x", "--resume", last)
-    assert "is of another model: its" in said
-    assert "holds policy and critic, this run has policy" in refusal(flags, "--name", "x", "--resume", last, "--advantage", "grpo")  # fmt: skip  # noqa: E501
-    assert "already past --steps 3" in refusal(
-        flags, "--name", "x", "--resume", last, "--steps", "3"
-    )
-    assert "step-4 is newer" in refusal(
-        flags, "--name", "whole", "--resume", str(whole / "checkpoints" / "step-2")
-    )
-    assert "pass one of them" in refusal(
-        flags, "--name", "whole", "--resume", "auto", "--overwrite"
-    )
-    assert "is not empty" in refusal(flags, "--name", "whole")
-    assert "--resume auto" in refusal(flags, "--name", "whole")
+    message = refusal(flags, "--model", str(other), "--resume", last)
+    assert "is of another model: its" in message
+    message = refusal(flags, "--resume", last, "--advantage", "grpo")
+    assert "holds policy and critic, this run has policy" in message
+    assert "already past --steps 3" in refusal(flags, "--resume", last, "--steps", "3")
+    older = str(whole / "checkpoints" / "step-2")
+    assert "step-4 is newer" in refusal(flags, "--name", "whole", "--resume", older)
+    message = refusal(flags, "--name", "whole", "--resume", "auto", "--overwrite")
+    assert "pass one of them" in message
+    message = refusal(flags, "--name", "whole")
+    assert "is not empty" in message
+    assert "--resume auto" in message
 
 
-def trained(
-    folder: Path, tied: bool = True
-) -> dict[str, tuple[torch.nn.Module, torch.optim.AdamW]]:
+def trained_policy(folder: Path) -> Trained:
+    """A policy and its optimizer, as checkpoints hold them."""
     policy = load_policy(str(folder))
     return {"policy": (policy, ppo.adamw(list(policy.parameters())))}
 
 
-def test_the_loop_goes_on_while_a_copy_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is on the disk is the state at the call, whatever has been trained since."""
-    real, model = checkpoint.dcp.save, trained(model_folder)
-    monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: (time.sleep(1), real(*a, **k)))
-    before = {name: t.clone() for name, t in named_tensors(model).items()}
-    with Checkpoints(tmp_path, Config(checkpoint_every=1), model) as saver:
+    """The file holds the state at the time of the call, without later updates."""
+    original = checkpoint.dcp.save
+
+    def slow_save(*args: Any, **kwargs: Any) -> None:
+        time.sleep(1)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow_save)
+    trained = trained_policy(model_folder)
+    before = {name: t.clone() for name, t in named_tensors(trained).items()}
+    with Checkpoints(tmp_path, Config(checkpoint_every=1), trained) as checkpoints:
         start = time.perf_counter()
-        saver.step(1, False, [])
+        checkpoints.step(1, last=False, records=[])
         assert time.perf_counter() - start < 0.9
         with torch.no_grad():
-            for t in named_tensors(model).values():
+            for t in named_tensors(trained).values():
                 t.add_(1)
         assert not by_step(tmp_path)
-        saver.finish()
-    fresh = trained(model_folder)
-    checkpoint.load_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-1"), fresh)
-    assert all(torch.equal(t, before[name]) for name, t in named_tensors(fresh).items())
+        checkpoints.finish()
+    loaded = trained_policy(model_folder)
+    checkpoint.load_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-1"), loaded)
+    assert all(torch.equal(t, before[name]) for name, t in named_tensors(loaded).items())
 
 
-def test_a_full_disk_is_said_and_the_older_checkpoint_stays(
+def test_a_full_disk_is_reported_and_the_older_checkpoint_kept(
     tmp_path: Path, model_folder: Path
 ) -> None:
-    """A file-size limit stands for the full disk: the write fails in the same place."""
-    with Checkpoints(tmp_path, Config(checkpoint_every=1), trained(model_folder)) as saver:
-        saver.step(1, False, [])
-        saver.finish()
+    """A limit on the size of files stands for the full disk: it makes the same write fail."""
+    trained = trained_policy(model_folder)
+    with Checkpoints(tmp_path, Config(checkpoint_every=1), trained) as checkpoints:
+        checkpoints.step(1, last=False, records=[])
+        checkpoints.finish()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        message = r"step-2 could not be written .*step-1 is complete"
         try:
-            with pytest.raises(
-                OSError, match=r"step-2 could not be written .*step-1 is complete"
-            ) as wrong:
-                saver.step(2, False, [])
-                saver.finish()
+            with pytest.raises(OSError, match=message) as error:
+                checkpoints.step(2, last=False, records=[])
+                checkpoints.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "\n" not in str(wrong.value)
+        assert "\n" not in str(error.value)
         assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
-        saver.step(3, False, [])  # room again
-        saver.finish()
+        # With room on the disk the next one is written.
+        checkpoints.step(3, last=False, records=[])
+        checkpoints.finish()
     assert checkpoint.read_checkpoint(tmp_path / "step-3").about["step"] == 3
 
 
@@ -223,65 +212,69 @@ def test_replay_trains_the_same_without_a_sampler(
 ) -> None:
     monkeypatch.setattr(train, "open_sampler", lambda *_: pytest.fail("a replay needs no sampler"))
     again = run(flags, "--name", "replay", "--replay", str(whole / "rollouts"))
-    assert metrics(again) == metrics(whole)
+    assert untimed_metrics(again) == untimed_metrics(whole)
     assert weights(again) == weights(whole)
-    said = refusal(flags, "--name", "x", "--replay", str(whole / "rollouts"), "--steps", "9")
-    assert "has no step-4.jsonl; lower --steps" in said
+    message = refusal(flags, "--replay", str(whole / "rollouts"), "--steps", "9")
+    assert "has no step-4.jsonl; lower --steps" in message
 
 
-def test_rollouts_come_back_from_their_file(tmp_path: Path, problems: list[Problem]) -> None:
+def test_saved_rollouts_are_loaded_unchanged(tmp_path: Path, problems: list[Problem]) -> None:
     rollouts = random_rollouts(problems, 100, [3, 1, 5])
-    rollouts[1].reward, rollouts[1].logprobs, rollouts[1].text = 1.0, [-0.1], 'a "quoted"\nline ⟨'
+    rollouts[1].reward = 1.0
+    rollouts[1].logprobs = [-0.1]
+    rollouts[1].text = 'a "quoted"\nline ⟨'
     save_rollouts(tmp_path / "step-0.jsonl", rollouts)
-    assert [list(r.problem.prompt_ids) for r in load_rollouts(tmp_path / "step-0.jsonl")] == [
-        list(r.problem.prompt_ids) for r in rollouts
-    ]
-    assert load_rollouts(tmp_path / "step-0.jsonl") == rollouts
+    loaded = load_rollouts(tmp_path / "step-0.jsonl")
+    assert [r.problem.prompt_ids for r in loaded] == [r.problem.prompt_ids for r in rollouts]
+    assert loaded == rollouts
     (tmp_path / "bad.jsonl").write_text('{"problem": "x"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl: line 1: not a saved rollout"):
         load_rollouts(tmp_path / "bad.jsonl")
 
 
-def logprobs(model: torch.nn.Module, rollouts: list[Rollout]) -> torch.Tensor:
-    return forward_all_tokens(lambda m: model(m)[0], rollouts, 4096, "cpu")
+def packed_logprobs(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
+    return forward_all_tokens(lambda m: policy(m)[0], rollouts, 4096, "cpu")
+
+
+def packed_values(critic: Critic, rollouts: list[Rollout]) -> torch.Tensor:
+    return forward_all_tokens(critic, rollouts, 4096, "cpu")
 
 
 def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
-    """Log-probabilities and values of the last checkpoint's weights, by transformers' own forward; the prompt by the chat
-    template; the end by the generation configuration."""
-    folder, base = whole / "policy", Path(flags[1])
-    model = trained(base)
-    critic = load_critic(str(base))
-    model["critic"] = (critic, ppo.adamw(list(critic.parameters())))
-    checkpoint.load_checkpoint(
-        checkpoint.read_checkpoint(whole / "checkpoints" / f"step-{STEPS}"), model
-    )
-    policy = model["policy"][0]
+    """The forward passes of transformers on the exported models give the log-probabilities and
+    values of the last checkpoint."""
+    base = Path(flags[1])
+    policy, critic = load_policy(str(base)), load_critic(str(base))
+    trained = {
+        "policy": (policy, ppo.adamw(list(policy.parameters()))),
+        "critic": (critic, ppo.adamw(list(critic.parameters()))),
+    }
+    last = checkpoint.read_checkpoint(whole / "checkpoints" / f"step-{STEPS}")
+    checkpoint.load_checkpoint(last, trained)
     rollouts = load_rollouts(whole / "rollouts" / "step-3.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    scorer = AutoModelForSequenceClassification.from_pretrained(
+    causal = AutoModelForCausalLM.from_pretrained(whole / "policy", dtype=torch.float32)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
         whole / "critic", dtype=torch.float32
     )
     logp, values = [], []
     for r in rollouts:
         ids = torch.tensor([[*r.problem.prompt_ids, *r.token_ids]])
-        at = len(r.problem.prompt_ids) - 1
-        logp.append(
-            plain(ids)
-            .logits[0, at:-1]
-            .log_softmax(-1)
-            .gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0]
-        )
-        values.append(scorer.score(scorer.model(ids).last_hidden_state)[0, at:-1, 0])
-    torch.testing.assert_close(torch.cat(logp), logprobs(policy, rollouts), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(
-        torch.cat(values), forward_all_tokens(critic, rollouts, 4096, "cpu"), atol=1e-4, rtol=1e-5
+        predicting = slice(len(r.problem.prompt_ids) - 1, -1)
+        log_softmax = causal(ids).logits[0, predicting].log_softmax(-1)
+        logp.append(log_softmax.gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0])
+        hidden = classifier.model(ids).last_hidden_state
+        values.append(classifier.score(hidden)[0, predicting, 0])
+    expected_logp, expected_values = (
+        packed_logprobs(policy, rollouts),
+        packed_values(critic, rollouts),
     )
+    torch.testing.assert_close(torch.cat(logp), expected_logp, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(values), expected_values, atol=1e-4, rtol=1e-5)
     question = rollouts[0].problem.question
+    tokenizer = AutoTokenizer.from_pretrained(whole / "policy")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     assert chat == data.prompt(question)
-    generation = GenerationConfig.from_pretrained(folder)
+    generation = GenerationConfig.from_pretrained(whole / "policy")
     assert tokenizer.eos_token_id in generation.eos_token_id
     assert "</answer>" in generation.stop_strings
 
@@ -289,48 +282,36 @@ def test_transformers_loads_an_export(whole: Path, flags: list[str]) -> None:
 def test_vllm_loads_an_export(whole: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pytest.importorskip("vllm")
     sampler = VllmSampler(str(whole / "policy"), [tokenizer.eos_token_id], "float32", 512, 64, 0.4)
-    rollouts = sample_responses(
-        sampler,
-        tokenizer,
-        [r.problem for r in load_rollouts(whole / "rollouts" / "step-3.jsonl")][::4],
-        3,
-        Sampling(24),
-        "0",
-    )
+    saved = load_rollouts(whole / "rollouts" / "step-3.jsonl")
+    problems = [r.problem for r in saved[::4]]
+    rollouts = sample_responses(sampler, tokenizer, problems, 3, Sampling(24), "0")
     sampled = torch.tensor([p for r in rollouts for p in r.logprobs])
-    torch.testing.assert_close(
-        sampled, logprobs(load_policy(str(whole / "policy")), rollouts), atol=1e-4, rtol=0
-    )
+    expected = packed_logprobs(load_policy(str(whole / "policy")), rollouts)
+    torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
 
 
-def values(critic: Critic, rollouts: list[Rollout]) -> torch.Tensor:
-    return forward_all_tokens(critic, rollouts, 4096, "cpu")
-
-
-def test_a_critic_to_begin_with(
+def test_training_starts_from_a_trained_critic(
     flags: list[str], whole: Path, tmp_path: Path, problems: list[Problem]
 ) -> None:
-    """Our export, and the authors' released form: the head is called value_head and folded to (8, H/8)."""
+    """From our export, or from the authors' released form, in which the head is called value_head
+    and has the shape (8, H/8). Both give the same run."""
+    ours, theirs = whole / "critic", tmp_path / "theirs"
     rollouts = random_rollouts(problems, 100, [3, 1, 5])
-    expected = values(load_critic(str(whole / "critic")), rollouts)
-    theirs = tmp_path / "theirs"
-    shutil.copytree(whole / "critic", theirs)
+    expected = packed_values(load_critic(str(ours)), rollouts)
+    shutil.copytree(ours, theirs)
     stored = load_file(theirs / "model.safetensors")
     stored["value_head.weight"] = stored.pop("score.weight").reshape(8, -1)
     save_file(stored, theirs / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(values(load_critic(str(theirs), "zeros"), rollouts), expected)
+    assert torch.equal(packed_values(load_critic(str(theirs), "zeros"), rollouts), expected)
 
-    first = [
-        metrics(run(flags, "--name", f"begins-{i}", "--steps", "1", *more))[0]
-        for i, more in enumerate(
-            (("--init-critic", str(theirs)), ("--init-critic", str(whole / "critic")), ())
-        )
-    ]
-    assert first[0] == first[1]
-    assert first[0]["value_loss"] != first[2]["value_loss"]
-    assert "holds no value head" in refusal(flags, "--name", "x", "--init-critic", flags[1])
+    def first_step(name: str, *more: str) -> dict[str, float]:
+        return untimed_metrics(run(flags, "--name", name, "--steps", "1", *more))[0]
+
+    from_theirs = first_step("begins-0", "--init-critic", str(theirs))
+    assert first_step("begins-1", "--init-critic", str(ours)) == from_theirs
+    assert first_step("begins-2")["value_loss"] != from_theirs["value_loss"]
+    assert "holds no value head" in refusal(flags, "--init-critic", flags[1])
     stored["value_head.weight"] = stored["value_head.weight"][:4].contiguous()
     save_file(stored, theirs / "model.safetensors", metadata={"format": "pt"})
-    assert "a value head of 32 numbers; expected 64" in refusal(
-        flags, "--name", "x", "--init-critic", str(theirs)
-    )
+    message = refusal(flags, "--init-critic", str(theirs))
+    assert "a value head of 32 numbers; expected 64" in message

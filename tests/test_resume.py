@@ -1,6 +1,6 @@
-"""A run that is killed and goes on is the run that was never killed: the same metrics and weights, to the last bit."""
+"""A killed and resumed run equals one that was never killed: the same metrics and weights, bit for
+bit."""
 
-import json
 import os
 import random
 import signal
@@ -9,44 +9,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import write_orz
+from conftest import SMALL_RUN, load_records, untimed_metrics, write_orz
 from safetensors.torch import load_file
-from test_checkpoint import metrics, run, weights
+from test_checkpoint import run, weights
 
 from checkpoint import by_step
 from toy import tiny
 
-T = TypeVar("T")
 TRAIN = Path(__file__).parent.parent / "train.py"
-STEPS = 12  # of one process
-FEW = 5  # of two ranks: everything there takes five times as long
+STEPS = 12  # of runs in one process
+FEW = 5  # of runs on two ranks, where everything takes five times as long
 KILLS = int(os.environ.get("KILLS", "50"))
+
+# ── runs in processes of their own ────────────────────────────────────────────────────────────────
 
 
 class Job(NamedTuple):
-    """train.py in processes of its own, alone or under torchrun; what it prints is in a file."""
+    """train.py in a process of its own or under torchrun. The file `output` has what it prints."""
 
     process: subprocess.Popen[bytes]
     folder: Path
     output: Path
 
-    def ends(self) -> Path:
-        """Wait for it to end well; returns its run folder."""
+    def finish(self) -> Path:
+        """Wait until it ends, which must be without an error; returns the run folder."""
         assert self.process.wait() == 0, self.output.read_text()
         return self.folder
 
-    def until(self, condition: Callable[[], T]) -> T:
-        """Wait for the condition; a job that ends before is a failure that shows its output."""
-        while not (seen := condition()):
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait until the condition holds. Fails with the job's output when the job ends before."""
+        while not condition():
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.001)
-        return seen
 
     def children(self) -> list[int]:
         """Process ids of torchrun's ranks, in order (Linux)."""
@@ -54,7 +53,8 @@ class Job(NamedTuple):
         return [int(pid) for pid in file.read_text().split()] if file.exists() else []
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once. Under torchrun every rank has a session of its own, so there is no group to kill."""
+        """SIGKILL to all its processes at once. Under torchrun every rank has a session of its own,
+        so there is no process group to kill."""
         if self.process.poll() is None:
             for pid in [self.process.pid, *self.children()]:
                 with suppress(ProcessLookupError):
@@ -62,40 +62,37 @@ class Job(NamedTuple):
             self.process.wait()
 
     def steps(self) -> int:
-        """Lines that its metrics have by now."""
+        """Number of steps in its metrics."""
         file = self.folder / "metrics.jsonl"
         return file.read_text().count("\n") if file.exists() else 0
 
     def complete(self) -> list[int]:
         """Steps of its complete checkpoints."""
-        return [number(path) for path in by_step(self.folder / "checkpoints")]
+        return [saved_step(path) for path in by_step(self.folder / "checkpoints")]
 
     def unfinished(self) -> list[int]:
         """Steps of the checkpoint folders that are being written or removed."""
-        return [number(path) for path in (self.folder / "checkpoints").glob("*.tmp")]
+        return [saved_step(path) for path in (self.folder / "checkpoints").glob("*.tmp")]
 
 
 STARTED: list[Job] = []
 
 
-def number(path: Path) -> int:
+def saved_step(path: Path) -> int:
+    """The step of a checkpoint folder."""
     return int(path.name.removeprefix("step-").removesuffix(".tmp"))
 
 
 def on(ranks: int, *options: str) -> list[str]:
-    """What starts a program in one process, or under torchrun."""
-    several = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        *options,
-    ]
-    return [sys.executable, *(several if ranks > 1 else [])]
+    """The command that starts a program in one process, or on several ranks under torchrun."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    return [sys.executable, *torchrun, *options]
 
 
 def start(launcher: list[str], flags: list[str], name: str, *more: str) -> Job:
+    """Start train.py as a run of this name."""
     folder = Path(flags[1]) / name
     output = folder.with_suffix(".txt")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -109,81 +106,87 @@ def start(launcher: list[str], flags: list[str], name: str, *more: str) -> Job:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    """A test that fails leaves no processes behind."""
+def kill_started_jobs() -> Iterator[None]:
+    """A test that fails leaves no processes running."""
     yield
     while STARTED:
         STARTED.pop().kill()
 
 
-def small(folder: Path, model: Path) -> list[str]:
-    """Flags of a run of tenths of a second a step that leaves a bit of everything: 24 problems, four of them held out too,
-    all rollouts, and a checkpoint a step."""
-    rows = [(question, str(sum(tiny.numbers(question)))) for question in tiny.problems(0)[0][:24]]
-    return [
-        "--runs", str(folder), "--model", str(model), "--data", str(write_orz(folder / "train.json", rows)),
-        "--eval-data", str(write_orz(folder / "heldout.json", rows[:4])), "--eval-every", "2", "--engine", "transformers",
-        "--steps", str(STEPS), "--prompts", "4", "--samples", "4", "--prompt-tokens", "64", "--response-tokens", "24",
-        "--critic-steps", "3", "--policy-lr", "1e-3", "--critic-lr", "1e-3", "--grader-workers", "1", "--save-rollouts",
-        "--checkpoint-every", "1", "--keep-checkpoints", "2",
-    ]  # fmt: skip
+def small_run(folder: Path, model: Path) -> list[str]:
+    """Flags of a short run that writes all kinds of files: evaluations on four of its 24 problems,
+    all rollouts, and a checkpoint at every step."""
+    questions, _ = tiny.problems(0)
+    rows = [(question, str(sum(tiny.numbers(question)))) for question in questions[:24]]
+    training = write_orz(folder / "train.json", rows)
+    heldout = write_orz(folder / "heldout.json", rows[:4])
+    files = ["--runs", str(folder), "--model", str(model)]
+    files += ["--data", str(training), "--eval-data", str(heldout)]
+    settings = f"""
+        --steps {STEPS} --eval-every 2 --engine transformers --save-rollouts
+        --checkpoint-every 1 --keep-checkpoints 2
+    """.split()
+    return [*files, *settings, *SMALL_RUN]
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> list[str]:
-    return small(tmp_path_factory.mktemp("runs"), model_folder)
+    return small_run(tmp_path_factory.mktemp("runs"), model_folder)
 
 
 @pytest.fixture(scope="module")
 def whole(flags: list[str]) -> Path:
-    """One process, never interrupted; all checkpoints are kept, so that others can branch off."""
+    """A run of one process that was not interrupted. It keeps all checkpoints, so that other runs
+    can resume from them."""
     return run(flags, "--name", "whole", "--keep-checkpoints", str(STEPS))
 
 
 @pytest.fixture(scope="module")
 def whole_on_two(flags: list[str]) -> Path:
-    """Two ranks, never interrupted."""
-    return start(
-        on(2), flags, "whole-on-two", "--steps", str(FEW), "--keep-checkpoints", str(FEW)
-    ).ends()
+    """A run of two ranks that was not interrupted."""
+    more = ("--steps", str(FEW), "--keep-checkpoints", str(FEW))
+    return start(on(2), flags, "whole-on-two", *more).finish()
 
 
 def same(a: Path, b: Path) -> None:
-    """Every line of every record but the times, and every bit of the weights."""
-    assert metrics(a) == metrics(b)
+    """Two runs have the same records, times excepted, and the same weights to the last bit."""
+    assert untimed_metrics(a) == untimed_metrics(b)
     for name in ("evaluations.jsonl", "rollouts.jsonl"):
         assert (a / name).read_text() == (b / name).read_text()
     assert weights(a) == weights(b)
 
 
 def close(a: Path, b: Path) -> None:
-    """Another number of ranks adds in another order: the same responses, and weights to 1e-5."""
-    for mine, theirs in zip(metrics(a), metrics(b), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    """Two runs have the same metrics to 1e-4 and the same weights to 1e-5: another number of ranks
+    adds in another order."""
+    for step_a, step_b in zip(untimed_metrics(a), untimed_metrics(b), strict=True):
+        assert step_a == pytest.approx(step_b, rel=1e-4, abs=1e-5)
     for role in ("policy", "critic"):
-        mine, theirs = (load_file(folder / role / "model.safetensors") for folder in (a, b))
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            torch.testing.assert_close(
-                mine[name], theirs[name], atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        weights_a, weights_b = (load_file(run / role / "model.safetensors") for run in (a, b))
+        torch.testing.assert_close(weights_a, weights_b, atol=1e-5, rtol=0)
+
+
+# ── tests ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_killed_while_a_checkpoint_is_written(
     flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The half-written one is never read: the run goes on from the one before it."""
+    """The unfinished checkpoint is never loaded: the run resumes from the one before it."""
     more = ("--resume", "auto", "--keep-checkpoints", str(STEPS))
-    left: list[int] = []
-    while not left:  # a kill may come too late, when the folder has got its name; the run then goes on to the next one
+    unfinished: list[int] = []
+    # A kill may come too late, when the checkpoint is finished. Then the run is resumed and killed
+    # again.
+    while not unfinished:
         job = start(on(1), flags, "half-written", *more)
-        job.until(lambda job=job: max(job.unfinished(), default=0) > 1)
+        job.wait_until(lambda job=job: max(job.unfinished(), default=0) > 1)
         job.kill()
-        left = job.unfinished()
-    assert job.complete() == list(range(1, left[0]))
+        unfinished = job.unfinished()
+    assert job.complete() == list(range(1, unfinished[0]))
     capsys.readouterr()
     same(run(flags, "--name", "half-written", *more), whole)
-    assert f"going on from {job.folder}/checkpoints/step-{left[0] - 1}\n" in capsys.readouterr().out
+    resumed_from = job.folder / "checkpoints" / f"step-{unfinished[0] - 1}"
+    assert f"going on from {resumed_from}\n" in capsys.readouterr().out
     assert job.complete() == list(range(1, STEPS + 1))
     assert not job.unfinished()
 
@@ -192,48 +195,66 @@ def test_killed_while_a_checkpoint_is_written(
 def test_a_signal_ends_the_run_with_a_checkpoint(
     flags: list[str], whole: Path, sent: signal.Signals
 ) -> None:
-    """SIGTERM, as from a scheduler, or Ctrl-C: the iteration is finished and saved though no checkpoint was due."""
+    """After SIGTERM, as a scheduler sends it, or Ctrl-C, the iteration is finished and saved, even
+    though no checkpoint is due."""
     job = start(on(1), flags, sent.name, "--checkpoint-every", "0")
-    job.until(job.steps)
+    job.wait_until(job.steps)
     job.process.send_signal(sent)
     assert job.process.wait() == 128 + sent, job.output.read_text()
-    done, said = job.steps(), job.output.read_text()
+    done, output = job.steps(), job.output.read_text()
     assert 1 <= done < STEPS
     assert job.complete() == [done]
-    assert (
-        f"stopped by signal {int(sent)} after {done} iterations; --resume auto goes on from there"
-        in said
-    )
-    assert "Traceback" not in said
+    stopped = f"stopped by signal {int(sent)} after {done} iterations"
+    assert f"{stopped}; --resume auto goes on from there" in output
+    assert "Traceback" not in output
     same(run(flags, "--name", sent.name, "--resume", "auto"), whole)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_torchrun_restarts_a_run_that_lost_a_rank(flags: list[str], whole_on_two: Path) -> None:
-    """Nobody has to do anything: the other rank stops, both come back, and go on from the newest checkpoint."""
-    job = start(
-        on(2, "--max-restarts", "2"), flags, "lost-a-rank", "--steps", str(FEW), "--resume", "auto"
-    )
-    job.until(job.complete)
+    """The other rank stops, torchrun starts both again, and they resume from the newest
+    checkpoint."""
+    more = ("--steps", str(FEW), "--resume", "auto")
+    job = start(on(2, "--max-restarts", "2"), flags, "lost-a-rank", *more)
+    job.wait_until(job.complete)
     os.kill(job.children()[1], signal.SIGKILL)
-    same(job.ends(), whole_on_two)
+    same(job.finish(), whole_on_two)
     assert job.output.read_text().count("going on from") == 1
 
 
-def test_another_number_of_ranks_goes_on(flags: list[str], whole: Path, whole_on_two: Path) -> None:
-    """From one process to two ranks, and from two ranks to one process: weights, moments and steps of AdamW."""
-    job = start(
-        on(2),
-        flags,
-        "from-one-to-two",
-        "--resume",
-        str(whole / "checkpoints" / f"step-{STEPS - 3}"),
-    )
-    step = str(whole_on_two / "checkpoints" / "step-2")
-    close(
-        run(flags, "--name", "from-two-to-one", "--steps", str(FEW), "--resume", step), whole_on_two
-    )
-    close(job.ends(), whole)
+def test_another_number_of_ranks_resumes(flags: list[str], whole: Path, whole_on_two: Path) -> None:
+    """Two ranks resume a run of one process, and one process a run of two ranks: both load weights
+    and AdamW's moments and steps."""
+    of_one = str(whole / "checkpoints" / f"step-{STEPS - 3}")
+    job = start(on(2), flags, "from-one-to-two", "--resume", of_one)
+    of_two = str(whole_on_two / "checkpoints" / "step-2")
+    more = ("--steps", str(FEW), "--resume", of_two)
+    close(run(flags, "--name", "from-two-to-one", *more), whole_on_two)
+    close(job.finish(), whole)
+
+
+def killed_after(job: Job, seconds: float) -> bool:
+    """Kill the job so many seconds after its first output; False when it ends before."""
+
+    def running() -> bool:
+        output = job.output.read_text()
+        return "going on from" in output or "held-out after 0" in output
+
+    job.wait_until(running)
+    try:
+        job.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        return True
+    return False
+
+
+def state_of_killed(job: Job) -> str:
+    """Steps done / newest checkpoint, and whether one is half written ("writing") or half removed
+    ("removing")."""
+    newest = max(job.complete(), default=0)
+    unfinished = {"writing" if step > newest else "removing" for step in job.unfinished()}
+    return " ".join([f"{job.steps()}/{newest}", *unfinished])
 
 
 @pytest.mark.slow
@@ -241,38 +262,30 @@ def test_another_number_of_ranks_goes_on(flags: list[str], whole: Path, whole_on
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 120), (2, 120)])
 def test_kills_at_random_instants(flags: list[str], ranks: int, steps: int) -> None:
-    """KILLS (50) times SIGKILL to all processes at once, at any instant from the first sign of life to four steps later:
-    while they sample, grade, update, evaluate, write or remove a checkpoint, or open the records that they go on with."""
-    more, rng = ("--steps", str(steps)), random.Random(ranks)
-    whole = start(on(ranks), flags, f"whole-{ranks}", *more).ends()
-    seconds = sum(json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").open()) / steps
+    """SIGKILL to all processes at once, KILLS (50) times, at random instants between a run's first
+    output and four steps later: during sampling, grading, updates and evaluations, and while a
+    checkpoint is written or removed or a resumed run opens its records."""
+    more = ("--steps", str(steps), "--resume", "auto")
+    rng = random.Random(ranks)
+    whole = start(on(ranks), flags, f"whole-{ranks}", "--steps", str(steps)).finish()
+    seconds = sum(step["seconds"] for step in load_records(whole / "metrics.jsonl")) / steps
     kills: list[str] = []
-    for chain in count():
+    runs = 0
+    while len(kills) < KILLS:
+        runs += 1
         while True:
-            job = start(on(ranks), flags, f"killed-{ranks}-{chain}", *more, "--resume", "auto")
+            job = start(on(ranks), flags, f"killed-{ranks}-{runs}", *more)
             if len(kills) == KILLS or job.steps() == steps:
-                break  # enough of it; this run may end, and another begins
-            job.until(
-                lambda job=job: any(
-                    sign in job.output.read_text() for sign in ("going on from", "held-out after 0")
-                )
-            )
-            try:
-                job.process.wait(rng.uniform(0, 4 * seconds))
-                break  # the run has ended
-            except subprocess.TimeoutExpired:
-                job.kill()
-            assert "is damaged" not in job.output.read_text()  # what has its name is whole
-            newest = max(job.complete(), default=0)
-            states = {"writing" if n > newest else "removing" for n in job.unfinished()}
-            kills.append(" ".join([f"{job.steps()}/{newest}", *states]))
-        same(job.ends(), whole)
-        if len(kills) == KILLS:
-            break
-    writing, removing = (sum(state in kill for kill in kills) for state in ("writing", "removing"))
-    print(
-        f"\n{len(kills)} kills of {ranks} ranks in {chain + 1} runs of {steps} steps, random.Random({ranks})"
-    )
+                break
+            if not killed_after(job, rng.uniform(0, 4 * seconds)):
+                break
+            # A checkpoint under its final name is complete.
+            assert "is damaged" not in job.output.read_text()
+            kills.append(state_of_killed(job))
+        same(job.finish(), whole)
+    writing = sum("writing" in kill for kill in kills)
+    removing = sum("removing" in kill for kill in kills)
+    print(f"\n{KILLS} kills of {ranks} ranks in {runs} runs of {steps} steps, seed {ranks}")
     print(f"{writing} of them left a checkpoint half written, {removing} one half removed")
     print(f"steps done/newest checkpoint at each kill: {', '.join(kills)}")
 
@@ -281,8 +294,8 @@ def test_kills_at_random_instants(flags: list[str], ranks: int, steps: int) -> N
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_four_ranks_train_as_one_process(flags: list[str], whole: Path, replicas: int) -> None:
-    """On the rollouts of one process, sharded four ways or two ways twice."""
+    """On the rollouts of one process, with one copy over four ranks or a copy on each two."""
     two = ("--steps", "2", "--replay", str(whole / "rollouts"))
     job = start(on(4), flags, f"four-{replicas}", *two, "--replicas", str(replicas))
     one = run(flags, "--name", f"one-{replicas}", *two)
-    close(job.ends(), one)
+    close(job.finish(), one)
