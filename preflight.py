@@ -270,7 +270,7 @@ def _check_model_files(
     if resume_from:
         checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
     if cfg.init_critic:
-        _check_init_critic(cfg.init_critic, config)
+        check_critic("--init-critic", cfg.init_critic, config)
     tokenizer = load_tokenizer(model_path)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -281,19 +281,19 @@ def _check_model_files(
     return tokenizer
 
 
-def _check_init_critic(path: str, policy_config: Any) -> None:
+def check_critic(flag: str, path: str, policy_config: Any) -> None:
     """Raise ValueError unless `path` holds a critic of the policy's architecture and vocabulary."""
-    head = _stored_value_head("--init-critic", path)
+    head = _stored_value_head(flag, path)
     size = policy_config.hidden_size
     if head is None or head.numel() != size:
         holds = "no value head" if head is None else f"a value head of {head.numel()} numbers"
-        raise ValueError(f"--init-critic {path}: holds {holds}; expected {size}")
-    config = _read_config("--init-critic", path)
+        raise ValueError(f"{flag} {path}: holds {holds}; expected {size}")
+    config = _read_config(flag, path)
     for name in ("model_type", "vocab_size"):
         found, wanted = getattr(config, name, None), getattr(policy_config, name, None)
         if found != wanted:
             raise ValueError(
-                f"--init-critic {path}: its {name} is {found}, the policy's is {wanted}; their "
+                f"{flag} {path}: its {name} is {found}, the policy's is {wanted}; their "
                 "tokens would differ"
             )
 

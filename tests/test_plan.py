@@ -259,7 +259,7 @@ def test_known_shapes_are_used_without_a_network(monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("asked for a config file")
 
-    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(plan.preflight, "model_config", refuse)
     plan.shape.cache_clear()
     assert plan.shape("Qwen/Qwen2.5-7B").layers == 28
 

@@ -18,14 +18,14 @@ from typing import Annotated
 import torch
 import transformers
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
 import data
 import distributed
 import packing
 import preflight
-from config import STOP, SamplingSettings, hub_id
-from critic import load_critic, value_head
+from config import STOP, Range, SamplingSettings, hub_id, validate_ranges
+from critic import load_critic
 from data import Problem
 from grading.extract import extract
 from rollout import Rollout
@@ -43,7 +43,7 @@ class Question(SamplingSettings):
     critic: str = ""
     """Folder of the critic trained with it, to print V(s_t) along the response; none: not
     printed."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 100)] = 1.0
     """Sampling temperature; 0: the likeliest token each time."""
 
 
@@ -54,12 +54,13 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     path = hub_id(settings.model)
     try:
-        if settings.critic and value_head(settings.critic) is None:
-            raise ValueError(
-                f"--critic {settings.critic}: holds no value head; pass a critic's local folder"
-            )
-        positions = preflight.model_config(path).max_position_embeddings
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        validate_ranges(settings)
+        config = preflight.model_config(path)
+        if settings.critic:
+            preflight.check_critic("--critic", settings.critic, config)
+        longest = len(data.prompt("")) + len(settings.question) + settings.response_tokens
+        positions = getattr(config, "max_position_embeddings", None) or longest
+        tokenizer = preflight.load_tokenizer(path)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
     except (ValueError, OSError) as error:
         sys.exit(f"tools.ask: {error}")
@@ -79,7 +80,12 @@ def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens
     """The question in the prompt template. Raises ValueError if it has more than `max_tokens`."""
     text = settings.question
     if text == "-":
-        text = sys.stdin.read().strip()
+        text = sys.stdin.read()
+    text = text.strip()
+    if not text:
+        raise ValueError("the question is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("the question is not text in UTF-8")
     question = Problem(source="question", question=text, answer="")
     template = data.TEMPLATES[settings.template]
     (problem,) = data.tokenize([question], tokenizer, max_tokens, template)

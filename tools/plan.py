@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 import tyro
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import policy
+import preflight
 from config import QWEN, Config
 
 Items = dict[str, float]  # what takes memory → bytes on one GPU
@@ -63,6 +64,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
     "Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
 }
+POSITIONS = {"tiny": 512, "tiny-long": 512, "Qwen2.5-0.5B": 32768}
+POSITIONS_OF_OTHERS = 131072
 
 
 # ── the model ─────────────────────────────────────────────────────────────────────────────────────
@@ -88,14 +91,13 @@ class Shape(NamedTuple):
 def shape(model: str) -> Shape:
     """Sizes of a model in SHAPES; of another folder or hub id, from its config.json. The parameters
     are counted on a model that has no memory."""
-    known = SHAPES.get(model.removeprefix("Qwen/"))
-    if known:
-        config = Qwen2Config(**dict(zip([*FIELDS, "tie_word_embeddings"], known, strict=True)))
-    else:
-        config = AutoConfig.from_pretrained(model)
+    config = _config(model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
-    one_layer = next(m for m in whole.modules() if type(m).__name__ in whole._no_split_modules)
+    split = set(whole._no_split_modules or ())
+    one_layer = next((m for m in whole.modules() if type(m).__name__ in split), None)
+    if one_layer is None:
+        raise ValueError(f"--model {model}: a {config.model_type} model has no layers to plan for")
     parameters = sum(p.numel() for p in whole.parameters())
     hidden, heads = config.hidden_size, config.num_attention_heads
     tied = config.tie_word_embeddings
@@ -106,13 +108,49 @@ def shape(model: str) -> Shape:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", heads),
         head_size=getattr(config, "head_dim", None) or hidden // heads,
-        width=config.intermediate_size,
+        width=_mlp_width(config),
         vocab=config.vocab_size,
         tied=tied,
         layer=sum(p.numel() for p in one_layer.parameters()),
         policy=parameters,
         critic=parameters - head_parameters + hidden,
     )
+
+
+def _config(model: str) -> Any:
+    """The configuration of a model. Raises ValueError if it is not a causal language model."""
+    name = model.removeprefix("Qwen/")
+    if name not in SHAPES:
+        return preflight.model_config(model)
+    sizes = dict(zip([*FIELDS, "tie_word_embeddings"], SHAPES[name], strict=True))
+    return Qwen2Config(**sizes, max_position_embeddings=POSITIONS.get(name, POSITIONS_OF_OTHERS))
+
+
+def _mlp_width(config: Any) -> int:
+    """Numbers between the two matrices of an MLP, for one token: of a mixture of experts, those of
+    all experts that see the token."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    given = (getattr(config, name, None) for name in names)
+    width = next((value for value in given if value), 4 * config.hidden_size)
+    experts = getattr(config, "num_experts_per_tok", None)
+    if not experts:
+        return width
+    of_expert = getattr(config, "moe_intermediate_size", None) or width
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    return (experts + (getattr(config, "n_shared_experts", None) or 0)) * of_expert + shared
+
+
+def check(cfg: Config) -> None:
+    """Raise ValueError for settings that cannot work and for models that cannot be trained, as the
+    run itself would."""
+    preflight.validate_numbers(cfg)
+    if cfg.gpus and cfg.gpus % cfg.replicas:
+        raise ValueError(f"--replicas {cfg.replicas}: does not divide the {cfg.gpus} GPUs")
+    config = _config(cfg.model)
+    longest = cfg.prompt_tokens + cfg.response_tokens
+    critic = "critic" in cfg.trained_roles
+    preflight.require_trainable(config, longest, cfg.model, with_critic=critic)
+    preflight.validate_length(longest, config, cfg.model)
 
 
 def shards(cfg: Config) -> int:
@@ -510,7 +548,9 @@ def _offloaded_bytes(cfg: Config) -> dict[str, int]:
 
 
 def show(cfg: Config) -> str:
-    """The plan as text, with and without --offload."""
+    """The plan as text, with and without --offload. Raises ValueError for a run that cannot
+    start."""
+    check(cfg)
     place = f"a CPU with {cfg.gpu_memory:g} GB"
     variants = {"without --offload": replace(cfg, offload=False)}
     if cfg.gpus:
