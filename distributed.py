@@ -29,6 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+# cuDNN's attention, which torch prefers on newer GPUs, makes a plan for every new shape: seconds of
+# each step. vLLM turns it off, too; so a run and its replay without vLLM have the same kernels.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 T = TypeVar("T")
 _started = False
 _group: dict[str, Any] = {}  # arguments of init_process_group, but for the store's prefix

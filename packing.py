@@ -19,6 +19,8 @@ Attention is causal inside a sequence and blind between sequences. No [T × T] m
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -231,12 +233,19 @@ def packed_attention(
     sequence stands the beginning of its neighbor. Causality keeps the real queries from looking
     that far, and the outputs of the other queries are dropped. Models find this function under the
     name "packed" (transformers' attention interface). That name has no mask function, which also
-    keeps transformers from building a mask.
+    keeps transformers from building a mask. On a GPU in bfloat16 torch's kernel for packs does the
+    same without unfolding, where it can (`_varlen_attention`).
 
     A token sees itself and the `sliding_window` − 1 tokens before it; `softcap` c turns a score s
     into c · tanh(s / c); `s_aux` (heads,) are sinks, a further score in every softmax.
     """
     _require_known(module, attention_mask, others)
+    window = None
+    if sliding_window is not None and sliding_window < max_seqlen:
+        window = sliding_window
+    plain = softcap is None and s_aux is None
+    if plain and _varlen_takes(query, value):
+        return _varlen_attention(query, key, value, cu_seqlens, max_seqlen, scaling, window), None
     num_seqs, num_tokens = len(cu_seqlens) - 1, query.shape[2]
     place = torch.arange(num_tokens, device=query.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, place, right=True) - 1
@@ -250,12 +259,10 @@ def packed_attention(
         return tokens_first.unflatten(0, (num_seqs, max_seqlen)).transpose(1, 2)
 
     query, key, value = unfolded(query), unfolded(key), unfolded(value)
-    window = None
-    if sliding_window is not None and sliding_window < max_seqlen:
-        window = sliding_window
-    if softcap is not None or s_aux is not None:
-        out = _explicit_attention(query, key, value, scaling, window, softcap, s_aux)
-    else:
+    if plain:
+        grouped = False
+        if query.shape[1] != key.shape[1]:  # a statement: to torch.compile the comparison itself
+            grouped = True  # is no bool, and would break its graph
         out = scaled_dot_product_attention(
             query,
             key,
@@ -263,9 +270,62 @@ def packed_attention(
             attn_mask=None if window is None else _visible(max_seqlen, window, query.device),
             is_causal=window is None,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=grouped,
         )
+    else:
+        out = _explicit_attention(query, key, value, scaling, window, softcap, s_aux)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, fold)[None], None
+
+
+def _varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's attention for packs on GPUs, FlashAttention 2; None where there is none. Newer
+    versions have to be told that heads may be grouped."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        return partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
+
+
+VARLEN = _varlen_kernel()
+VARLEN_HEAD_SIZES = (32, 64, 96, 128, 192, 256)  # those that it has without padding
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's kernel for packs computes attention of these; both (1, heads, T, d)."""
+    if VARLEN is None or not query.is_cuda or query.dtype != torch.bfloat16:
+        return False
+    return query.shape[3] == value.shape[3] and query.shape[3] in VARLEN_HEAD_SIZES
+
+
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """`packed_attention` by torch's kernel for packs: it attends to the pairs that are needed, and
+    to no others."""
+    before = -1 if window is None else window - 1  # tokens that a token sees before itself; -1: all
+    out = VARLEN(
+        query[0].transpose(0, 1),  # (T, heads, d)
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scaling,
+        window_size=(before, 0),
+    )
+    return out[None]
 
 
 CHECK_LENGTHS = (3, 7, 17)

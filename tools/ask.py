@@ -66,7 +66,7 @@ def main() -> None:
         sys.exit(f"tools.ask: {error}")
     response = answer(settings, path, tokenizer, problem, positions)
     if settings.critic:
-        show_values(settings.critic, tokenizer, response)
+        show_values(settings.critic, settings.dtype, tokenizer, response)
     final = extract(response.text)
     if final:
         print(f"\nanswer: {final}")
@@ -129,20 +129,27 @@ def answer(
 
 
 def load_model(path: str, dtype: str) -> transformers.PreTrainedModel:
-    """The model on this machine's device; the dtype `auto` is bfloat16 on a GPU, else float32."""
+    """The model on this machine's device."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
+    return model.to(distributed.device()).eval()
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype of that name; `auto` is bfloat16 on a GPU, else float32. (On a GPU, attention in
+    float32 would hold T × T scores.)"""
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    return model.to(distributed.device()).eval()
+    return getattr(torch, dtype)
 
 
 @torch.no_grad()
 def show_values(
-    path: str, tokenizer: PreTrainedTokenizerBase, response: Rollout, per_line: int = 12
+    path: str, dtype: str, tokenizer: PreTrainedTokenizerBase, response: Rollout, per_line: int = 12
 ) -> None:
     """Print the response again, `per_line` tokens a line. Each line begins with V(s_t) at its first
     token: what the critic expects before it reads the line."""
     critic = load_critic(path)
+    critic.model.base_model.to(torch_dtype(dtype))  # the head stays float32, as in training
     length = len(response.problem.prompt_ids) + len(response.token_ids)
     values = packing.forward_all_tokens(critic, [response], length, distributed.device()).tolist()
     print("\n V(s_t)")
