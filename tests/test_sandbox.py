@@ -16,6 +16,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -930,7 +931,7 @@ def test_outputs_are_compared_by_the_rule_of_the_checker() -> None:
         "1 1.0 +1 01 1e0 10E-1 １ 1_0 10 -0 0 inf Infinity nan NaN sNaN a A 0x1 1. . 1e999999999 "
         "1e99999999999999999999"
     ).split()
-    spaces = [" ", "  ", "\n", " \n", "\n\n", "\t", "\r\n", "\u3000", ""]
+    spaces = [" ", "  ", "\n", " \n", "\n ", "\n\n", "\t", "\r\n", "\u3000", ""]
     rng = random.Random(0)
     compared = Counter()
     for _ in range(20_000):
@@ -1045,6 +1046,27 @@ def test_long_texts_take_linear_time(size: int) -> None:
             spent = seconds_of_processor(programs._equal_values, expected, text)
             assert spent < limit, (part, before)
         assert seconds_of_processor(sandbox._failure, 1, text) < limit, (part, before)
+
+
+@pytest.mark.parametrize(
+    ("compare", "expected", "output"),
+    [
+        (programs._equal_values, "[1, 2]", "[" + "[]," * 300_000 + "1]"),
+        (programs._equal_values, "[1, 2]", "[" + '{"":1},' * 100_000 + "1]"),
+        (programs._equal_values, "[1, 2]", "[" + "1," * 500_000 + "1]"),
+        (programs._equal_lines, "1\n2", "1\n" * 500_000 + "1"),
+        (programs._equal_lines, "1 2", "1 " * 500_000 + "1"),
+    ],
+)
+def test_long_outputs_take_little_memory(compare: Callable, expected: str, output: str) -> None:
+    """An output of many values, words or lines would take forty times its size, were it parsed."""
+    tracemalloc.start()
+    try:
+        assert compare(expected, output) is False
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(output)
 
 
 # ── extracting programs, reading tests ────────────────────────────────────────────────────────────
