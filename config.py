@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-import tyro
-
 
 class Range(NamedTuple):
     """The values that a numeric setting may have: finite, from `low` to `high`; with `above`, `low`
@@ -258,6 +256,8 @@ PRESETS = QWEN | {"tiny": TINY, "tiny-long": TINY_LONG}
 def parse(argv: Sequence[str], description: str = "") -> Config:
     """Command line → Config: first the preset of `--model`, then the flags given. An unknown flag
     is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id."""
+    import tyro  # here, because those who only import this module may be without it
+
     model = _flag(argv, "model") or "tiny"
     preset = PRESETS.get(model.removeprefix("Qwen/"), {})
     default = Config(**{"model": model} | preset)

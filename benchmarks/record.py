@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from reports import log
 
@@ -110,6 +109,8 @@ def write() -> None:
 
 def main() -> None:
     """Command line; it takes no options."""
+    import tyro  # here, because those who only import this module may be without it
+
     tyro.cli(write, description=__doc__, prog="python -m benchmarks.record")
 
 

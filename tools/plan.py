@@ -22,7 +22,6 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import policy
@@ -639,6 +638,8 @@ def print_hardware_table() -> None:
 
 def main() -> None:
     """Command line; it takes no options."""
+    import tyro  # here, because those who only import this module may be without it
+
     tyro.cli(print_hardware_table, description=__doc__, prog="python -m tools.plan")
 
 

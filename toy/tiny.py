@@ -46,7 +46,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import tyro
 from tokenizers import AddedToken, pre_tokenizers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -464,6 +463,8 @@ class Settings:
 
 def main() -> None:
     """Command line: make the model and print its folder."""
+    import tyro  # here, because those who only import this module may be without it
+
     settings = tyro.cli(Settings, description=__doc__, prog="python -m toy.tiny")
     if settings.out:
         folder = Path(settings.out)
