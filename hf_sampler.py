@@ -6,6 +6,7 @@ Token ids go in and token ids come out. What is trained is what was sampled: the
 completes `</answer>`, and EOS, are actions. `rollout.VllmSampler` has the same methods.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -56,6 +57,9 @@ class HFSampler:
             path, dtype=self.dtype, attn_implementation=self.attention
         )
         self.model = model.to(device).eval()
+        config = self.model.config
+        windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
+        self.window = min((w for w in windows if w), default=math.inf)
         self.tokenizer = tokenizer
         self.eos = list(eos)
         self.device = device
@@ -123,7 +127,7 @@ class HFSampler:
                 token, position = token[keep], position[keep]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            seen = mask[:, None, None] if self._sees_all(past, mask.shape[1]) else mask
+            seen = mask[:, None, None] if self._sees_all(mask.shape[1]) else mask
             logits = self._next_logits(token[:, None], seen, position, past)
         return [
             SampledTokens(ids[:length], logp[:length], finish_reason)
@@ -146,9 +150,9 @@ class HFSampler:
         input_ids = torch.tensor(padded, device=self.device)
         mask = torch.tensor(real, device=self.device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        past = DynamicCache(config=self.model.config)
+        past = DynamicCache()
         seen = mask
-        if self._sees_all(past, width):
+        if self._sees_all(width):
             square = torch.ones(width, width, dtype=torch.bool, device=self.device)
             seen = square.tril() & mask[:, None, None]
             # Padding attends to itself: a query without any key would give NaN.
@@ -171,12 +175,10 @@ class HFSampler:
         )
         return out.logits[:, -1]
 
-    def _sees_all(self, past: DynamicCache, length: int) -> bool:
+    def _sees_all(self, length: int) -> bool:
         """Whether every layer sees all tokens before it. Then one whole mask serves all layers, and
-        transformers need not make masks at each position. Layers with a shorter window keep fewer
-        keys, and transformers makes their masks."""
-        windows = [layer.sliding_window for layer in past.layers if layer.is_sliding]
-        return self.attention == "sdpa" and all(length <= window for window in windows)
+        transformers need not make masks at each position. Otherwise it makes them."""
+        return self.attention == "sdpa" and length <= self.window
 
     def _may_stop(self, stop: tuple[str, ...]) -> Tensor:
         """Whether a token can end a response, (V,): EOS, or a token that holds the last character
