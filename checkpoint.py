@@ -241,7 +241,10 @@ def _cause(error: BaseException) -> str:
     """One line that says why; of an error of DCP, what the first rank that failed said."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
-    return (str(error) or repr(error)).splitlines()[0]
+    why = (str(error) or repr(error)).splitlines()[0]
+    if "enforce fail" in why:  # all that torch says when a file takes no more bytes
+        return "a file could not be written whole; is the disk full?"
+    return why
 
 
 def _write_about(path: Path, about: dict[str, Any]) -> None:
@@ -359,7 +362,7 @@ def find_checkpoint(resume: str, run: Path) -> Checkpoint | None:
     if folder.resolve() != named.path.parent.resolve():
         return named
     for path in reversed(by_step(folder)):
-        if step_of(path) > named.about["step"] and _whole(path):
+        if step_of(path) > named.about["step"] and not _why_not(path):
             raise ValueError(
                 f"--resume {resume}: {path} is newer; remove it, or choose another --name to "
                 "branch off"
@@ -368,28 +371,31 @@ def find_checkpoint(resume: str, run: Path) -> Checkpoint | None:
 
 
 def _newest_whole(folder: Path) -> Checkpoint | None:
+    reasons = []
     for path in reversed(by_step(folder)):
-        if found := _whole(path):
-            return found
+        reason = _why_not(path)
+        if not reason:
+            return read_checkpoint(path, checksums=False)
+        reasons.append(reason)
+        print(f"WARNING: {reason}; it is passed over", flush=True)
     others = [p for p in folder.glob("*") if p.suffix != ".tmp" and not p.name.startswith(".")]
     if others:
         names = ", ".join(sorted(p.name for p in others))
+        why = f"{reasons[0]}; " if reasons else ""
         raise ValueError(
-            f"no checkpoint in {folder} is complete (it holds {names}); pass --overwrite to begin "
-            "again"
+            f"{why}there is nothing to go on from in {folder}, which holds {names}; restore the "
+            "files, or pass --overwrite to begin again"
         )
     return None
 
 
-def _whole(path: Path) -> Checkpoint | None:
-    """The checkpoint in `path` if training can go on from it; else None, and a printed warning."""
+def _why_not(path: Path) -> str:
+    """Why training cannot go on from the checkpoint in `path`; "" if it can."""
     try:
-        found = read_checkpoint(path)
-        _require_records(found)
+        _require_records(read_checkpoint(path))
     except ValueError as error:
-        print(f"WARNING: {error}; it is passed over", flush=True)
-        return None
-    return found
+        return str(error)
+    return ""
 
 
 def newest_complete(folder: Path) -> str:

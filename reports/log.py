@@ -250,9 +250,9 @@ class RunLog:
             self._restore_spent(resume_from)
         if same_run:
             self._pass_over_later_results(resume_from)
-        self.events = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=self.first_step or None
-        )
+        events = self.folder / "tensorboard"
+        with self._writing(events):
+            self.events = SummaryWriter(str(events), purge_step=self.first_step or None)
 
     def _write_config(self) -> None:
         described = asdict(self.config)
