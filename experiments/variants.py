@@ -25,7 +25,7 @@ from gae import normalize_advantages
 from packing import MicroBatch, micro_batches, mini_batches
 from preflight import Inputs, prepare
 from reports.log import RunLog
-from reports.metrics import rollout_metrics, explained_variance, mean
+from reports.metrics import explained_variance, mean, rollout_metrics
 from rollout import Rollout, sync_weights
 from toy import tiny
 from train import Models, PolicyTotals, Sampler
