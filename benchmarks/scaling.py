@@ -1,31 +1,31 @@
-"""Seconds of a training step as response length, batch and vocabulary double, and on one process or two ranks.
+"""Measure how a training step grows with response length, batch, vocabulary, and on two ranks.
 
     python -m benchmarks.scaling [--rounds 3]
 
-A random Qwen2 with an untied head; responses of random tokens, all equally long, under a prompt of 16. A step is what
-train.py does with them: values and advantages, the critic's mini-batches, the policy's step. One thread, except for the
-last two rows: one process with two threads, and two ranks with one each, on the same responses. Every round measures all
-settings; medians of the rounds.
+The model is a random Qwen2 with an untied head. All responses are random tokens of the same number,
+after a prompt of 16. A step does with them what train.py does: values and advantages, the critic's
+mini-batches, the policy's step. It runs on one thread. The last two rows compare one process of two
+threads with two ranks of one thread each, on the same responses. Every round measures all settings;
+the table has medians of the rounds.
 
 | column | meaning |
 |---|---|
-| sample s | drawing as many tokens with `hf_sampler.HFSampler`, which no token ends; not in the sum |
+| sample s | sampling as many tokens with `hf_sampler.HFSampler`; not in the sum |
 | values s, critic s, policy s, sum s | phases of the update |
 | ratio | the sum / that of the row above |
 | attention FLOPs | attention's share of the update's operations, as tools/plan.py counts them |
-| attention s | `packing.packed_attention` alone on the same rows, forward and, for critic and policy, backward |
-| other ratio | the sum less attention s / that of the row above |
+| attention s | `packing.packed_attention` alone on the same packs, with the backward passes |
+| other ratio | the sum without attention s / that of the row above |
 """
 
-import argparse
 import json
 import os
 import random
-import subprocess
-import sys
+import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,31 +33,45 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import distributed
 import ppo
 import train
-from benchmarks import record
-from config import Config
+from benchmarks.record import Row, record
+from config import Config, Sampling
 from critic import load_critic
 from data import Problem
-from hf_sampler import HFSampler, Sampling
-from packing import micro_batches, mini_batches, packed_attention
+from gae import normalize_advantages
+from hf_sampler import HFSampler
+from packing import MicroBatch, micro_batches, mini_batches, packed_attention
 from policy import load_policy
 from rollout import Rollout
 from tools import plan
 from toy import tiny
+from train import Models
 
-PROMPT = 16
-CFG = Config(micro_tokens=4 * (1024 + PROMPT))
+PROMPT_TOKENS = 16
+CFG = Config(micro_tokens=4 * (1024 + PROMPT_TOKENS))
+NO_TOKEN = -1  # as the sampler's EOS it never ends a response, so all get the full length
+PHASES = ("sample", "values", "critic", "policy")
 Seconds = dict[str, float]  # phase → seconds
 
 
 class Setting(NamedTuple):
+    """Sizes of a step."""
+
     length: int = 128  # response tokens
     batch: int = 16  # responses
     vocabulary: int = 4096
+
+
+class Processes(NamedTuple):
+    """Processes that share a step."""
+
+    ranks: int
+    threads: int  # of each
 
 
 DOUBLED = {
@@ -66,6 +80,21 @@ DOUBLED = {
     "vocabulary": [Setting(vocabulary=n) for n in (4096, 8192, 16384, 32768)],
 }
 ON_RANKS = Setting(length=256, batch=32)
+COMPARED = {
+    Processes(ranks=1, threads=2): "1 process, 2 threads",
+    Processes(ranks=2, threads=1): "2 ranks, 1 thread each",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark."""
+
+    rounds: int = 3
+    """Number of times that every setting is measured."""
+
+
+# ── one step ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def random_model(folder: Path, vocabulary: int) -> str:
@@ -73,225 +102,246 @@ def random_model(folder: Path, vocabulary: int) -> str:
     path = folder / str(vocabulary)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
     Qwen2ForCausalLM(config).save_pretrained(path)
     return str(path)
 
 
-def responses(setting: Setting) -> list[Rollout]:
-    """Random tokens, every second response right."""
+def random_rollouts(setting: Setting) -> list[Rollout]:
+    """Responses of random tokens; every second one is right."""
     rng = random.Random(0)
 
-    def ids(n: int) -> list[int]:
-        return [rng.randrange(setting.vocabulary) for _ in range(n)]
+    def token_ids(count: int) -> list[int]:
+        return [rng.randrange(setting.vocabulary) for _ in range(count)]
 
-    problem, zeros = Problem("random:1", "", "", tuple(ids(PROMPT))), [0.0] * setting.length
+    problem = Problem("random:1", "", "", tuple(token_ids(PROMPT_TOKENS)))
+    logprobs = [0.0] * setting.length
     return [
-        Rollout(problem, ids(setting.length), zeros, "stop", "", reward=float(i % 2))
+        Rollout(problem, token_ids(setting.length), logprobs, "stop", "", reward=float(i % 2))
         for i in range(setting.batch)
     ]
 
 
-def stepper(path: str) -> Callable[[Setting], Seconds]:
-    """Load models, optimizers and a sampler; returns what makes a step of a setting and times its phases."""
-    engine = HFSampler(path, tiny.tokenizer(), [0], "float32", "cpu", CFG.rows)
-    engine._may_stop = lambda _: torch.zeros(
-        engine.model.config.vocab_size, dtype=torch.bool
-    )  # all lengths alike
-    policy, critic = load_policy(path), load_critic(path)
-    policy_optimizer, critic_optimizer = (ppo.adamw(list(m.parameters())) for m in (policy, critic))
+class Stepper:
+    """Models, optimizers and a sampler, which make steps of any length and batch."""
 
-    def step(setting: Setting) -> Seconds:
-        rollouts, seconds = responses(setting), {}
-        prompts = [r.problem.prompt_ids for r in rollouts][
-            distributed.rank() :: distributed.world_size()
-        ]
+    def __init__(self, path: str) -> None:
+        policy, critic = load_policy(path), load_critic(path)
+        policy_optimizer = ppo.adamw(list(policy.parameters()))
+        critic_optimizer = ppo.adamw(list(critic.parameters()))
+        self.models = Models(policy, policy_optimizer, critic, critic_optimizer, None)
+        tokenizer = tiny.tokenizer()
+        self.sampler = HFSampler(path, tokenizer, [NO_TOKEN], "float32", "cpu", CFG.max_num_seqs)
+        self.seconds: Seconds = {}
 
-        def timed(phase: str, work: Callable[[], Any]) -> Any:
-            start = time.perf_counter()
-            result = work()
-            distributed.all_gather_objects(None)  # until the last rank has done its part
-            seconds[phase] = time.perf_counter() - start
-            return result
-
-        def values_advantages() -> tuple[torch.Tensor, ...]:
-            values = train.predict_values(CFG, critic, rollouts)
-            A, targets = train.compute_advantages(CFG, policy, None, rollouts, values)
-            return values, targets, train.normalize_advantages(A)
-
-        timed(
-            "sample",
-            lambda: engine.generate(
-                prompts, range(len(prompts)), Sampling(setting.length, stop=())
-            ),
+    def step(self, setting: Setting) -> Seconds:
+        """Make a step; returns the seconds of its phases."""
+        self.seconds = {}
+        models, rollouts = self.models, random_rollouts(setting)
+        self._timed("sample", lambda: self._sample(rollouts, setting.length))
+        values, targets, advantages = self._timed("values", lambda: self._predict(rollouts))
+        self._timed(
+            "critic", lambda: train.update_critic(CFG, models, rollouts, values, targets, 0)
         )
-        values, targets, A = timed("values", values_advantages)
-        timed(
-            "critic",
-            lambda: train.update_critic(
-                CFG, critic, critic_optimizer, rollouts, values, targets, 0
-            ),
-        )
-        timed(
-            "policy",
-            lambda: train.update_policy(CFG, policy, None, policy_optimizer, rollouts, A, 0),
-        )
-        return seconds
+        self._timed("policy", lambda: train.update_policy(CFG, models, rollouts, advantages, 0))
+        return self.seconds
 
-    return step
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        distributed.all_gather_objects(None)  # until the last rank has done its part
+        self.seconds[phase] = time.perf_counter() - start
+        return result
+
+    def _sample(self, rollouts: Sequence[Rollout], length: int) -> None:
+        local = rollouts[distributed.rank() :: distributed.world_size()]
+        prompts = [r.problem.prompt_ids for r in local]
+        self.sampler.generate(prompts, range(len(prompts)), Sampling(length, stop=()))
+
+    def _predict(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, ...]:
+        """Values, their targets, and normalized advantages."""
+        values = train.predict_values(CFG, self.models.critic, rollouts)
+        advantages, targets = train.compute_advantages(CFG, self.models, rollouts, values)
+        return values, targets, normalize_advantages(advantages)
+
+
+# ── attention's share of it ───────────────────────────────────────────────────────────────────────
 
 
 def attention_flops(setting: Setting, shape: plan.Shape) -> float:
-    """Attention's share of the operations of values (a forward pass), critic and policy (three times that)."""
-    tokens = setting.length + PROMPT - 1
+    """Attention's share of the operations of values (one forward pass), critic and policy (three
+    times as many each)."""
+    tokens = setting.length + PROMPT_TOKENS - 1
     attention = tokens * shape.layers * 2 * shape.heads * shape.head_size * tokens
     body = attention + tokens * shape.layers * 2 * shape.layer
-    return 7 * attention / (7 * body + 3 * setting.length * 2 * shape.vocab * shape.hidden)
+    head = setting.length * 2 * shape.vocab * shape.hidden
+    return 7 * attention / (7 * body + 3 * head)
 
 
 def attention_seconds(setting: Setting, shape: plan.Shape) -> float:
-    """Of an update: attention alone, on rows like the update's."""
-    rollouts, total = responses(setting), 0.0
+    """Seconds of attention alone, on packs like those of the update."""
+    rollouts = random_rollouts(setting)
     lengths = [len(r.token_ids) for r in rollouts]
-    for steps, backward in (
-        (1, False),
+    passes = [  # mini-batches, and whether there is a backward pass
+        (1, False),  # values
         (CFG.critic_steps, True),
         (CFG.policy_steps, True),
-    ):  # values, critic, policy
+    ]
+    seconds = 0.0
+    for steps, backward in passes:
         for members in mini_batches(lengths, steps, f"{CFG.seed}/0"):
             for micro in micro_batches(rollouts, members, CFG.micro_tokens):
-                heads, tokens = (
-                    (shape.heads, shape.kv_heads, shape.kv_heads),
-                    micro.input_ids.shape[1],
-                )
-                qkv = [
-                    torch.randn(1, n, tokens, shape.head_size, requires_grad=backward)
-                    for n in heads
-                ]
-                start = time.perf_counter()
-                out, _ = packed_attention(
-                    torch.nn.Identity(),
-                    *qkv,
-                    None,
-                    cu_seqlens=micro.cu_seqlens,
-                    max_seqlen=micro.max_seqlen,
-                    scaling=0.1,
-                )
-                if backward:
-                    out.backward(torch.ones_like(out))
-                total += time.perf_counter() - start
-    return total * shape.layers
+                seconds += pack_seconds(micro, shape, backward)
+    return shape.layers * seconds
 
 
-def on_ranks(path: str, ranks: int, threads: int) -> Seconds:
-    """A step in new processes, `ranks` of them with `threads` each; this file calls itself."""
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else []
+def pack_seconds(micro: MicroBatch, shape: plan.Shape, backward: bool) -> float:
+    """Seconds of one layer's attention on a pack."""
+    tokens = micro.input_ids.shape[1]
+    query, key, value = (
+        torch.randn(1, heads, tokens, shape.head_size, requires_grad=backward)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
+    how = {"cu_seqlens": micro.cu_seqlens, "max_seqlen": micro.max_seqlen, "scaling": 0.1}
+    start = time.perf_counter()
+    out, _ = packed_attention(torch.nn.Identity(), query, key, value, None, **how)
+    if backward:
+        out.backward(torch.ones_like(out))
+    return time.perf_counter() - start
+
+
+# ── a step in new processes ───────────────────────────────────────────────────────────────────────
+
+
+def step_in_new_processes(path: str, processes: Processes) -> Seconds:
+    """Seconds of the step ON_RANKS, as rank 0 measures them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        command = [
-            sys.executable,
-            *launch,
-            __file__,
-            "--step",
-            path,
-            "--threads",
-            str(threads),
-            "--out",
-            str(out),
-        ]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        arguments = (path, processes, port, out)
+        torch.multiprocessing.spawn(step_on_rank, arguments, nprocs=processes.ranks)
         return json.loads(out.read_text())
 
 
-def row(labels: record.Row, rounds: list[Seconds]) -> record.Row:
+def step_on_rank(rank: int, path: str, processes: Processes, port: int, out: Path) -> None:
+    """What each of these processes does; rank 0 writes `out`."""
+    quiet()
+    torch.set_num_threads(processes.threads)
+    if processes.ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(processes.ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.start(timeout_minutes=5)
+    stepper = Stepper(path)
+    stepper.step(Setting())  # warm-up
+    seconds = stepper.step(ON_RANKS)
+    if rank == 0:
+        out.write_text(json.dumps(seconds))
+    distributed.stop()
+
+
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ── all settings ──────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    rounds: int, paths: dict[int, str], shapes: dict[int, plan.Shape]
+) -> dict[Setting | Processes, list[Seconds]]:
+    """For every setting the seconds of each round."""
+    steppers = {vocabulary: Stepper(path) for vocabulary, path in paths.items()}
+    for vocabulary, stepper in steppers.items():
+        stepper.step(Setting(vocabulary=vocabulary))  # warm-up
+    settings = dict.fromkeys(setting for group in DOUBLED.values() for setting in group)
+    measured: dict[Setting | Processes, list[Seconds]] = {key: [] for key in (*settings, *COMPARED)}
+    for _ in range(rounds):
+        for setting in settings:
+            attention = attention_seconds(setting, shapes[setting.vocabulary])
+            seconds = steppers[setting.vocabulary].step(setting)
+            measured[setting].append(seconds | {"attention": attention})
+        for processes in COMPARED:
+            path = paths[ON_RANKS.vocabulary]
+            measured[processes].append(step_in_new_processes(path, processes))
+    return measured
+
+
+def row(labels: Row, rounds: list[Seconds]) -> Row:
     """Medians of the rounds."""
-    phases = {
-        f"{phase} s": median(one[phase] for one in rounds)
-        for phase in ("sample", "values", "critic", "policy")
-    }
-    sums = median(one["values"] + one["critic"] + one["policy"] for one in rounds)
-    return labels | phases | {"sum s": sums, "ratio": None}
+    phases = {f"{phase} s": median(seconds[phase] for seconds in rounds) for phase in PHASES}
+    sums = [seconds["values"] + seconds["critic"] + seconds["policy"] for seconds in rounds]
+    return labels | phases | {"sum s": median(sums), "ratio": None}
 
 
-def tables(rounds: int) -> list[record.Row]:
-    """All settings, then one process against two ranks."""
+def doubled_rows(
+    name: str, measured: dict[Setting | Processes, list[Seconds]], shapes: dict[int, plan.Shape]
+) -> list[Row]:
+    """The rows of a size that doubles."""
+    rows = []
+    for setting in DOUBLED[name]:
+        value = f"{getattr(setting, name):,}"
+        cells = row({"doubled": name, "value": value}, measured[setting])
+        cells["attention FLOPs"] = attention_flops(setting, shapes[setting.vocabulary])
+        cells["attention s"] = median(seconds["attention"] for seconds in measured[setting])
+        rows.append(cells)
+    for above, cells in pairwise(rows):
+        cells["ratio"] = cells["sum s"] / above["sum s"]
+        others, others_above = (x["sum s"] - x["attention s"] for x in (cells, above))
+        cells["other ratio"] = others / others_above
+    return rows
+
+
+def table(rounds: int) -> list[Row]:
+    """All settings, then one process beside two ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {
-            s.vocabulary: random_model(Path(folder), s.vocabulary) for s in DOUBLED["vocabulary"]
-        }
-        steps = {vocabulary: stepper(path) for vocabulary, path in paths.items()}
-        shapes = {vocabulary: plan.shape(path) for vocabulary, path in paths.items()}
-        settings = list(dict.fromkeys(s for group in DOUBLED.values() for s in group))
-        for vocabulary, step in steps.items():
-            step(Setting(vocabulary=vocabulary))  # warm
-        measured: dict[Any, list[Seconds]] = {s: [] for s in settings} | {(1, 2): [], (2, 1): []}
-        for _ in range(rounds):
-            for s in settings:
-                attention = {"attention": attention_seconds(s, shapes[s.vocabulary])}
-                measured[s].append(steps[s.vocabulary](s) | attention)
-            for ranks, threads in ((1, 2), (2, 1)):
-                measured[ranks, threads].append(
-                    on_ranks(paths[ON_RANKS.vocabulary], ranks, threads)
-                )
-    table: list[record.Row] = []
-    for name, group in DOUBLED.items():
-        rows = [
-            row({"doubled": name, "value": f"{getattr(s, name):,}"}, measured[s]) for s in group
-        ]
-        for s, cells in zip(group, rows, strict=True):
-            cells["attention FLOPs"] = attention_flops(s, shapes[s.vocabulary])
-            cells["attention s"] = median(one["attention"] for one in measured[s])
-        for above, cells in pairwise(rows):
-            others = [x["sum s"] - x["attention s"] for x in (above, cells)]
-            cells |= {
-                "ratio": cells["sum s"] / above["sum s"],
-                "other ratio": others[1] / others[0],
-            }
-        table += rows
-    names = {(1, 2): "1 process, 2 threads", (2, 1): "2 ranks, 1 thread each"}
-    pair = [row({"doubled": "ranks", "value": name}, measured[key]) for key, name in names.items()]
-    pair[1]["ratio"] = pair[1]["sum s"] / pair[0]["sum s"]
-    return table + pair
+        vocabularies = [setting.vocabulary for setting in DOUBLED["vocabulary"]]
+        paths = {v: random_model(Path(folder), v) for v in vocabularies}
+        shapes = {v: plan.shape(path) for v, path in paths.items()}
+        measured = measure(rounds, paths, shapes)
+    rows: list[Row] = []
+    for name in DOUBLED:
+        rows += doubled_rows(name, measured, shapes)
+    one_process, two_ranks = (
+        row({"doubled": "ranks", "value": value}, measured[processes])
+        for processes, value in COMPARED.items()
+    )
+    two_ranks["ratio"] = two_ranks["sum s"] / one_process["sum s"]
+    return [*rows, one_process, two_ranks]
+
+
+def notes(rounds: int) -> list[str]:
+    """What the table does not say."""
+    base = Setting()
+    qwen = plan.shape("Qwen2.5-7B")
+    shares = [f"{attention_flops(Setting(length=n), qwen):.1%}" for n in (1000, 4000, 8000)]
+    return [
+        f"Otherwise {base.length} tokens, {base.batch} responses, vocabulary "
+        f"{base.vocabulary:,}; last two rows {ON_RANKS.length} tokens, {ON_RANKS.batch} responses. "
+        f"{CFG.critic_steps} critic steps, at most {CFG.micro_tokens:,} tokens in a pack, "
+        f"{rounds} rounds.",
+        f"At Qwen2.5-7B's shape attention has {shares[0]}, {shares[1]} and {shares[2]} of the "
+        "operations of responses of 1,000, 4,000 and 8,000 tokens.",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--step", help=argparse.SUPPRESS
-    )  # a model: time a step of ON_RANKS and write it to --out
-    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if args.step:
-        distributed.start(5)
-        step = stepper(args.step)
-        step(Setting())  # warm
-        seconds = step(ON_RANKS)
-        if distributed.rank() == 0:
-            args.out.write_text(json.dumps(seconds))
-        distributed.stop()
-        return
-    table = tables(args.rounds)
-    base, seven = Setting(), plan.shape("Qwen2.5-7B")
-    shares = [attention_flops(Setting(length=n), seven) for n in (1000, 4000, 8000)]
-    notes = [
-        f"Otherwise {base.length} tokens, {base.batch} responses, vocabulary {base.vocabulary:,}; last two rows "
-        f"{ON_RANKS.length} tokens, {ON_RANKS.batch} responses. {CFG.critic_steps} critic steps, at most "
-        f"{CFG.micro_tokens:,} tokens in a row, {args.rounds} rounds.",
-        "At Qwen2.5-7B's shape attention has {:.1%}, {:.1%} and {:.1%} of the operations of responses of 1,000, 4,000 and "
-        "8,000 tokens.".format(*shares),
-    ]
-    record.record("scaling", "A step as length, batch and vocabulary double", table, notes)
+    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.scaling")
+    torch.set_num_threads(1)
+    quiet()
+    title = "A step as length, batch and vocabulary double"
+    record("scaling", title, table(cfg.rounds), notes(cfg.rounds))
 
 
 if __name__ == "__main__":
