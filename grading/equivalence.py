@@ -75,7 +75,7 @@ import resource
 import signal
 import sys
 from collections import Counter
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from itertools import accumulate
 from math import inf, log10
@@ -741,17 +741,21 @@ def _run_worker(deadline: float) -> None:
 
 
 def _serve(deadline: float) -> None:
-    """Answer each line [gold, answer] of stdin with 1 or 0, within `deadline` seconds each."""
+    """Answer each line [gold, answer] of stdin with 1, 0 or "memory" (there was not enough),
+    within `deadline` seconds each."""
     print("ready", flush=True)
     # The caller sends one pair at a time, so a killed child leaves no line half read.
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, deadline)
         try:
-            same = equal(*json.loads(line))
+            with redirect_stdout(sys.stderr):  # stdout is for verdicts, whatever a library prints
+                verdict = str(int(equal(*json.loads(line))))
+        except MemoryError:
+            verdict = "memory"
         except Exception:
-            same = False
+            verdict = "0"
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(int(same), flush=True)
+        print(verdict, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ can interrupt that evaluation. So each worker is two processes, running grading/
 | child | compares one pair at a time, with limited memory and an alarm of `deadline` seconds |
 
 The kernel kills a late child, whatever it is doing. Its answer earns 0, and the next child starts
-in milliseconds because the import is done. Workers are not threads because Math-Verify's time
-limits do not work in threads. Answers that look costly are compared last, so they delay no others.
+in milliseconds because the import is done. An answer whose worker dies twice, or runs out of
+memory, is not known to be wrong: it counts as late, and a warning says how to see why. Workers are
+not threads because Math-Verify's time limits do not work in threads. Answers that look costly are
+compared last, so they delay no others.
 """
 
 import json
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,13 +42,14 @@ CACHE = 200_000  # verdicts to remember
 GRACE = 5.0  # seconds after the deadline until the parent is killed too, if it does not respond
 MAX_FAILED_STARTS = 3  # in a row
 WORKER = Path(__file__).with_name("equivalence.py")
-VERDICT = {b"1": True, b"0": False, b"late": None}
+VERDICT = {b"1": True, b"0": False, b"late": None, b"memory": None}
 
 Pair = tuple[str, str]  # gold, answer
 
 
 class Grade(NamedTuple):
-    """The reward, 1 or 0; the extracted answer; whether its comparison missed the deadline."""
+    """The reward, 1 or 0; the extracted answer; whether its comparison gave no verdict: it missed
+    the deadline, or its worker died twice or ran out of memory."""
 
     reward: float
     answer: str
@@ -93,6 +97,7 @@ class _Batch:
     waiting: deque[Pair]
     verdicts: dict[Pair, bool | None]
     retried: set[Pair] = field(default_factory=set)  # pairs whose worker died once
+    failed: list[Pair] = field(default_factory=list)  # whose worker died twice or had no memory
 
 
 class Grader:
@@ -157,8 +162,8 @@ class Grader:
         ]
 
     def equal(self, golds: list[str], answers: list[str]) -> list[bool | None]:
-        """Whether each answer equals its gold; None if the deadline passed. Equal pairs of texts
-        are compared once."""
+        """Whether each answer equals its gold; None if the deadline passed or the worker failed.
+        Equal pairs of texts are compared once."""
         pairs = _stripped(golds, answers)
         verdicts = {pair: _without_worker(*pair) for pair in dict.fromkeys(pairs)}
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
@@ -185,7 +190,9 @@ class Grader:
                 for worker in [worker for worker in self._workers if worker.pair]:
                     self._replace(worker)
             self._remember(batch.verdicts)
-            return batch.verdicts
+        if batch.failed:
+            self._warn_of_failures(batch.failed)
+        return batch.verdicts
 
     def _step(self, batch: _Batch) -> None:
         """Send pairs to idle workers, wait for a worker's message or a deadline, and handle it."""
@@ -207,13 +214,16 @@ class Grader:
             worker.ready = True
             self._failed_starts = 0
         elif line:
+            if line == b"memory":
+                batch.failed.append(worker.pair)
             self._decide(batch, worker.pair, VERDICT[line])
             worker.pair = None
             worker.due = inf
             worker.ready = line != b"late"
         else:  # dead: out of memory, or killed from outside; its pair is tried once more
             if worker.pair in batch.retried:
-                self._decide(batch, worker.pair, False)
+                batch.failed.append(worker.pair)
+                self._decide(batch, worker.pair, None)
             elif worker.pair:
                 batch.retried.add(worker.pair)
                 batch.waiting.append(worker.pair)
@@ -233,6 +243,19 @@ class Grader:
         while len(self._known) > CACHE:
             self._known.popitem(last=False)
 
+    def _warn_of_failures(self, pairs: list[Pair]) -> None:
+        """Name the pairs without a verdict: something is wrong here, not with the answers."""
+        line = shlex.quote(json.dumps(pairs[0]))
+        warnings.warn(
+            f"the grader's worker died twice or ran out of memory on {len(pairs)} answers; they "
+            "count as late, not as wrong, and earned 0. To see why, run this command: "
+            f"echo {line} | {self._worker_command()}",
+            stacklevel=4,
+        )
+
+    def _worker_command(self) -> str:
+        return f"{sys.executable} -P {WORKER} --worker {self.deadline}"
+
     def _start(self) -> None:
         worker = _Worker(self.deadline)
         self._workers.append(worker)
@@ -248,9 +271,9 @@ class Grader:
         if not worker.ready:
             self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS:
-            command = f"{sys.executable} -P {WORKER} --worker {self.deadline}"
             raise RuntimeError(
-                f"the grader's workers do not start; to see why, run this command: {command}"
+                "the grader's workers do not start; to see why, run this command: "
+                f"{self._worker_command()}"
             )
         self._start()
 

@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from grading import equivalence, pool
 from grading import extract as extract_module
 from grading.extract import extract
 from grading.pool import Grade, Grader, Pair
+from reports import metrics
 
 # Formulas that take for ever, that are refused as too large, and text that is quickly refused.
 SLOW = ["\\gcd(9^{9^9}, 3)", "\\binom{10000000000000}{5000000000000}"]
@@ -217,6 +219,42 @@ A ~ AB ; A ~ (A) or (B) ; A ~ A. B. ; \text{Evelyn} ~ Angela ; 0 ~ \text{} ; 0 ~
 """
 
 
+# What other projects' graders test: Math-Verify, MATH, PRM800K, Qwen's evaluation, MARIO, TRL.
+FOREIGN_EQUAL = r"""
+1/2 ~ \frac12 ; \frac{1}{2} ~ .5 ; \frac{3}{4} ~ \cfrac{3}{4} ; 2\frac{1}{3} ~ \frac{7}{3}
+7/3 ~ 2 1/3 ; 1500 ~ 1.5e3 ; 1500 ~ 1.5 × 10^3 ; 0.00015 ~ 1.5 \times 10^{-4} ; 1{,}234 ~ 1234
+1234567 ~ 1,234,567.00 ; \$1,234.50 ~ 1234.5 ; 12 ~ £12 ; 12 ~ 12 USD ; 3+4i ~ 3 + 4\mathrm{i}
+45 ~ 45 degrees ; 25 ~ 25 percent ; 25 ~ 25 \text{ percent} ; 25\% ~ 25 ; 33\% ~ 33%
+[0,1] ~ 0 \le x \le 1 ; (-\infty,3] ~ x ≤ 3 ; \pm 1 ~ ±1 ; x=\pm 1 ~ 1,-1 ; 5 ~ 5\,\text{cm}
+(-\infty,1)\cup(2,\infty) ~ x<1 \text{ or } x>2 ; (0,2) ~ (0,1) ∪ [1,2) ; \emptyset ~ ∅
+5 ~ 5 \mathrm{~cm} ; 5 ~ 5 sq. ft. ; 5 ~ 5apples ; 72 ~ 72 km/h ; 72 ~ 72 mph ; 5 ~ 5,
+C ~ [C] ; C ~ \mathrm{(C)} ; B ~ b. ; \text{(B)} ~ (b) ; A,B ~ (A) and (B) ; A,B ~ \text{A and B}
+B, C ~ b, c ; \ln 4 ~ 2\ln 2 ; e^x ~ exp(x) ; 1 ~ \sin^2 x + \cos^2 x ; \sec^2(y) ~ \tan^2(y)+1
+5 million dollars ~ 5000000 ; 2 ~ cbrt(8) ; \sqrt[3]{x+1} ~ ∛(x+1) ; 73 ~ *73* ; 73 ~ `73`
+(1,2) ~ **(1, 2)** ; x^2+y^2 ~ x**2 + y**2 ; 98 ~ about 98 ; 167 ~ Area ≈ 167 ; \pi ~ \pi ≈ 3.14
+\frac{13}{12}\approx1.08 ~ 13/12 ; \frac{1000}{3} ~ \frac{1,000}{3} ; 2304\sqrt{2} ~ 2,304\sqrt{2}
+x=1200,y=3400 ~ x = 1,200, y = 3,400 ; (1,2,3) ~ (x,y,z)=(1,2,3) ; (3,5) ~ m=3,n=5
+(1,2),(3,4) ~ x=1,y=2 \text{ or } x=3,y=4 ; x = 1, y = 2, z = 3 ~ 1, 2, 3 ; 6 ~ 3! ; 3:2 ~ 3 : 2
+-34x-45y+20z-100=0 ~ 34x+45y-20z+100=0 ; y=2x+3 ~ 2x-y+3=0 ; (1,4.5) ~ (1,\frac{9}{2})
+\frac{63}{400} ~ 63/400 ; 2\frac58 ~ 2.625 ; .1, 4.0 ~ 0.1, 4 ; 1/3 ~ x = 5+5+1 = 1/3 \approx 11
+"""
+FOREIGN_UNEQUAL = r"""
+50\% ~ \frac{1}{2} ; 0.03 ~ 3\% ; 100 ~ 1\% ; 1 ~ 100\% ; 3 ~ 300\% ; 5\text{ m} ~ 5\%
+5 ~ 5\text{ trillion} ; 5 ~ 5\text{ or more} ; 5 ~ 5 tenths ; 0.3 ~ 0.3 repeating
+5 ~ 5 millions ; 5 ~ 5 quintillion ; 5c ~ 5d ; 5 ~ 5d ; 5ab ~ 5bc ; 5 ~ 5thousand
+A ~ A. B. C. ; A ~ (A) (B) ; A ~ A/B ; A ~ A & B
+A ~ a, b ; A ~ AB ; A,B ~ A,C ; A,B ~ A,B,C ; b=d ~ b=e ; 73 ~ **7**3 ; 73 ~ 7**3 ; 98 ~ 97 ≈ 98
+98 ~ 97 ≈ 98.5 ; 98 ~ ≠ 98 ; 98 ~ about 98 or 99 ; 2304 ~ 2,30,4 ; 2304 ~ x = 2,305
+2304 ~ \{2,304\} ; 2304 ~ [2,304] ; (1,2) ~ y=1,x=2 ; (1,2,3) ~ z=1,y=2,x=3 ; x=1,y=2 ~ 2,1
+x=1,y=2 ~ x=1 ; x=1,y=2 ~ (2,1) ; (1,2),(3,4) ~ x=1,y=2 \text{ or } x=4,y=3 ; x^2+1=0 ~ y^2+1=0
+x^2+1=0 ~ x^2+1 ; x^2+1=0, y=1 ~ x^2+2=0, y=1 ; x^2+1=0 ~ x=x ; |x|=-1 ~ |x|=-2
+\sin x = 2 ~ \sin x = 3 ; x^2+y^2=-1 ~ x^2+y^2=-2 ; y=2x+1 ~ x=2y+1 ; 5 ~ e^{i\pi} = 5
+2 ~ ∛4 ; (1,2] ~ [0,2] \cap [1,3) ; 15 ~ 15 sq. root ; (0,2) ~ (0,1) ∪ (1,2) ; 15 ~ １６
+5x - 7y + 11z + 4 = 0 ~ x + y - z + 2 = 0 ; \sin(x)=\frac{42}{59} ~ \cos(x)=\frac{42}{59}
+(a+5)(b+2) ~ (+5)(b+2) ; x+2n+1 ~ x+1 ; 33.3 ~ \frac{100}{3} ; 1\\sqrt{19} ~ 1
+"""
+
+
 def items(lines: str) -> list[str]:
     return re.split(r" ; |\n", lines.strip())
 
@@ -238,7 +276,9 @@ def test_golds_that_no_answer_can_match(grader: Grader) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "verdict"), [(EQUAL, True), (UNEQUAL, False)], ids=["equal", "unequal"]
+    ("lines", "verdict"),
+    [(EQUAL, True), (UNEQUAL, False), (FOREIGN_EQUAL, True), (FOREIGN_UNEQUAL, False)],
+    ids=["equal", "unequal", "foreign equal", "foreign unequal"],
 )
 def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
     pairs = [tuple(pair.split(" ~ ")) for pair in items(lines)]
@@ -254,6 +294,120 @@ def test_both_directions(grader: Grader, lines: str, verdict: bool) -> None:
 def test_integers_are_equal_iff_they_are(grader: Grader, gold: int, other: int, form: str) -> None:
     answers = [form.format(gold), form.format(other)]
     assert grader.equal([str(gold)] * 2, answers) == [True, gold == other]
+
+
+# ── time in the trainer's process ─────────────────────────────────────────────────────────────────
+
+REPEATED = [
+    " ",
+    "1",
+    "a",
+    "A",
+    "é",
+    "½",
+    "１",
+    "{",
+    "}",
+    "\\",
+    "<",
+    "(",
+    "$",
+    "|",
+    "\n",
+    ",",
+    ".",
+    "^",
+]
+REPEATED += [
+    "_",
+    "=",
+    "-",
+    "~",
+    "!",
+    "*",
+    "`",
+    ":",
+    "%",
+    "1 ",
+    "1,",
+    "a ",
+    "A.",
+    "or ",
+    "and ",
+    "wait",
+]
+REPEATED += ["<answer>", "</answer>", "<think>", "</think>", "\\boxed{", "\\text{", "\\frac{1}{2}"]
+
+
+def seconds(function: Callable[[str], object], text: str) -> float:
+    start = time.process_time()
+    function(text)
+    return time.process_time() - start
+
+
+def alternating(*units: str, length: int) -> str:
+    return "".join(units) * (length // sum(map(len, units)))
+
+
+# Responses with a text in each place that a rule looks at.
+PLACES = ["</think> <answer>{}</answer>", "{}</think> <answer>5</answer>", "{}</answer>{}"]
+PLACES += ["<answer>\\boxed{{}}</answer>", "</think><answer>5</answer>{}!"]
+
+
+def read(response: str) -> None:
+    """What the trainer's process does with a response, besides waiting for a worker."""
+    pool._without_worker("5", extract(response))
+
+
+def measure(response: str) -> None:
+    metrics.follows_format(response)
+    metrics.reflects(response)
+
+
+def test_a_megabyte_of_anything_is_read_in_linear_time() -> None:
+    slow = {}
+    for unit in REPEATED:
+        text = alternating(unit, length=1_000_000)
+        for place in PLACES:
+            response = place.replace("{}", text)
+            slow[unit, place] = seconds(read, response) + seconds(measure, response)
+    for pair in combinations(REPEATED[::2], 2):
+        text = alternating(*pair, length=1_000_000)
+        slow[pair] = sum(seconds(read, place.replace("{}", text)) for place in PLACES[:2])
+        # The metrics' patterns read the whole text, a tenth of a second for a megabyte.
+        slow[pair] += seconds(measure, PLACES[1].replace("{}", text[:20_000]))
+    assert max(slow.values()) < 2.0, max(slow, key=slow.get)
+
+
+ALL_PAIRS = list(combinations(REPEATED, 2))
+
+
+@pytest.mark.parametrize(
+    "pairs", [ALL_PAIRS[::16], pytest.param(ALL_PAIRS, marks=pytest.mark.slow)]
+)
+def test_verdicts_from_texts_take_linear_time(
+    pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the limit of 500 characters out of the way, a quadratic pattern takes seconds here."""
+    monkeypatch.setattr(equivalence, "MAX_CHARS", 10**9)
+    monkeypatch.setattr(equivalence, "MAX_DEPTH", 10**9)
+    monkeypatch.setattr(extract_module, "MAX_CHARS", 10**9)
+    rules = {
+        "answer": lambda text: equivalence.by_text("C", text),
+        "unit": lambda text: equivalence.by_text("5\\text{ m}", "1" + text),
+        "choice": lambda text: equivalence.by_text("(C)", "A)" + text),
+        "bracket": lambda text: equivalence.by_text("(1,2)", "(" + text),
+        "gold": lambda text: equivalence.by_text(text, "C"),
+        "cost": lambda text: equivalence.cost("5", text),
+        "prose": extract_module._is_prose,
+        "box": lambda text: extract_module._last_box("\\boxed{" + text),
+    }
+    texts = [alternating(unit, length=20_000) for unit in REPEATED]
+    for first, second in pairs:
+        texts.append(alternating(first, second, length=20_000))
+        texts.append(alternating(first, length=10_000) + alternating(second, length=10_000))
+    slow = {(name, text[:20]): seconds(rules[name], text) for name in rules for text in texts}
+    assert max(slow.values()) < 0.5, max(slow, key=slow.get)
 
 
 # ── the pool ──────────────────────────────────────────────────────────────────────────────────────
@@ -290,6 +444,44 @@ def test_a_dead_worker_is_replaced_and_costs_no_answer_its_reward(group: bool) -
         kill(killed, signal.SIGKILL)
         assert grader.equal(["1/3"], ["2/6"]) == [True]
         assert not group or grader.worker_pids != [killed]
+
+
+DYING = """
+import sys
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+WITHOUT_MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+from grading import equivalence
+
+def equal(gold, answer):
+    print("a library's message")
+    if gold == "1/2":
+        raise MemoryError
+    return True
+
+equivalence.equal = equal
+equivalence._serve(3.0)
+"""
+
+
+@pytest.mark.parametrize("program", [DYING, WITHOUT_MEMORY])
+def test_an_answer_that_its_worker_cannot_compare_is_late_and_not_wrong(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(program.format(root=str(Path(pool.__file__).parents[1])))
+    monkeypatch.setattr(pool, "WORKER", worker)
+    with Grader(workers=1) as grader:
+        with pytest.warns(
+            UserWarning, match=r"on 1 answers.*\n?.*To see why.*'\[\"1/2\", \"3/6\"\]'"
+        ):
+            grades = grader.grade(["<answer>3/6</answer>"], ["1/2"])
+        assert grades == [Grade(0.0, "3/6", True)]
+        if program == WITHOUT_MEMORY:
+            assert grader.equal(["1/3"], ["2/6"]) == [True]
 
 
 def test_a_late_child_is_replaced_without_a_new_import() -> None:
