@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import IO
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
+# Imports the script and calls its main(). Unlike a script, a module is compiled only once.
+START = "import sys; sys.path.append(sys.argv[1]); __import__(sys.argv[2]).main(sys.argv[3:])"
 MAX_OUTPUT = 16 << 20  # bytes of stdout or stderr; right outputs are far below
 
 
@@ -84,7 +86,7 @@ def _start_child(
     arguments = [str(value) for value in (source, report_end, function, seconds, memory_mb)]
     try:
         return subprocess.Popen(
-            [python, "-I", "-S", str(CHILD), *arguments],
+            [python, "-I", "-S", "-c", START, str(CHILD.parent), CHILD.stem, *arguments],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

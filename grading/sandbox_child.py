@@ -1,6 +1,6 @@
 r"""The sandbox: run one Python program in a process that has given up all rights beforehand.
 
-grading/sandbox.py starts this script for each run, as a new program, so that it shares no threads,
+grading/sandbox.py starts this module for each run, as a new program, so that it shares no threads,
 open files or memory with the trainer. It becomes three processes. If one is killed, the kernel
 ends those to its right:
 
@@ -20,7 +20,7 @@ ends those to its right:
 
 An ordinary user first makes a user namespace, which gives the right to make the others. Root needs
 none, and the program cannot make one. If any step fails, the sandbox reports it and ends before the
-program starts. This script must not import any module of this project: it runs with `-I -S`.
+program starts. This module must not import any other of this project: it runs with `-I -S`.
 """
 
 import _signal as signal  # the same without its enums, whose import takes 5 ms of every run
@@ -337,15 +337,11 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def main() -> None:
-    source, report, function, seconds, memory_mb = sys.argv[1:]
+def main(arguments: list[str]) -> None:
+    source, report, function, seconds, memory_mb = arguments
     try:
         status = enter(int(source), int(report), function, int(seconds), int(memory_mb))
     except OSError as error:
         os.write(int(report), str(error).encode())
         status = 1
     os._exit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -560,13 +560,19 @@ def mark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def processes(mark: str) -> list[int]:
-    """The ids of the processes of this test's sandboxes."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
+    """The ids of the processes of this test's sandboxes, parents before their children. (Their
+    numbers are no order: the kernel starts again at low ones.)"""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended since it was listed
-            if mark.encode() in file.read_bytes():
-                found.append(int(file.parent.name))
-    return sorted(found)
+            if mark.encode() in (folder / "cmdline").read_bytes():
+                parent = re.search(r"^PPid:\s*(\d+)$", (folder / "status").read_text(), re.M)
+                parents[int(folder.name)] = int(parent[1])
+
+    def depth(process: int) -> int:
+        return 1 + depth(parents[process]) if process in parents else 0
+
+    return sorted(parents, key=depth)
 
 
 def wait_for_processes(mark: str, count: int, seconds: float = 60.0) -> list[int]:
@@ -745,7 +751,7 @@ def test_the_files_in_the_sandbox() -> None:
 def program_process(mark: str) -> int:
     """The process of the program itself, once it runs: the third of its sandbox."""
     program = wait_for_processes(mark, 3)[2]
-    while b"-c" not in Path(f"/proc/{program}/cmdline").read_bytes():
+    while b"exec(code, space)" not in Path(f"/proc/{program}/cmdline").read_bytes():
         time.sleep(0.02)
     return program
 
