@@ -1,18 +1,25 @@
 """Which architectures train right, and which are refused: the table of docs/models.md.
 
-`python tests/test_architectures.py` prints the table. Every model here is tiny and random; its
-reference is transformers' own forward pass with eager attention, one sequence at a time.
+`PYTHONPATH=. python tests/test_architectures.py` prints the table. Every model here is tiny and
+random; its reference is transformers' own forward pass with eager attention, one sequence at a
+time.
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import random_rollouts
-from torch import Tensor
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -20,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import distributed
+import packing
 import policy
 import ppo
 import preflight
@@ -167,6 +176,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "does not tell its sliding window",
     ),
 }
+BECAUSE = {
+    STATE: "it carries a state from token to token",
+    "attention is not causal": "its attention is not causal",
+    "cu_seqlens": "it does not hand the bounds of sequences on to its attention",
+    "makes an attention mask of its own": "it makes an attention mask of its own",
+    "layers of type indexed_attention": "attention to an indexed part of the tokens",
+    "in chunks of 50 tokens": "attention in chunks, where sequences are longer than one",
+    "parts beside a language model": "it has parts beside a language model",
+    "LongRoPE changes at 64 tokens": "its angles would change for short sequences, too, where a "
+    "pack holds one above the switch",
+    "does not tell its sliding window": "its attention does not tell its window",
+}
 SETTINGS = Config(
     prompt_tokens=64,
     response_tokens=60,
@@ -311,3 +332,275 @@ def test_architecture_is_refused_before_weights(
     assert reason in message
     assert model_type in message
     assert "\n" not in message
+
+
+# ── the check at load, and what it catches ────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("folder", ["granite", "cohere", "gemma2", "nanochat"], indirect=True)
+def test_a_forgotten_transform_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does to its logits what nobody derives from its configuration."""
+    monkeypatch.setattr(policy, "logits_transform", lambda config: policy.PLAIN)
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    with pytest.raises(ValueError, match=rf"{model_type} is not supported: log-probabilities of"):
+        load_policy(str(folder))
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt_oss", "mistral"], indirect=True)
+def test_attention_across_sequences_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy and critic alike, when each token of a pack sees all that stand before it."""
+    packed = packing.packed_attention
+
+    def leaking(*states: Any, **arguments: Any) -> tuple[Tensor, None]:
+        num_tokens = states[1].shape[2]
+        whole = torch.tensor([0, num_tokens], dtype=torch.int32)
+        return packed(*states, **arguments | {"cu_seqlens": whole, "max_seqlen": num_tokens})
+
+    monkeypatch.setitem(packing.AttentionInterface._global_mapping, "packed", leaking)
+    with pytest.raises(ValueError, match="log-probabilities of a pack differ"):
+        load_policy(str(folder))
+    with pytest.raises(ValueError, match="hidden states of a pack differ"):
+        load_critic(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "the argument position_bias is not supported"),
+        ({"indices": torch.zeros(1)}, "the argument indices is not supported"),
+        ({"dropout": 0.1}, "the argument dropout is not supported"),
+        ({"is_causal": False}, "attention is not causal"),
+        ({"attention_mask": torch.zeros(1)}, "a mask of its own|an attention mask of its own"),
+        ({"dropout": 0.0, "position_ids": torch.zeros(1), "is_causal": True}, ""),
+    ],
+)
+def test_unknown_attention_arguments_raise(arguments: dict[str, Any], message: str) -> None:
+    x = torch.randn(1, 2, 5, 4)
+    known = {"attention_mask": None, "cu_seqlens": torch.tensor([0, 2, 5]), "max_seqlen": 3}
+    if not message:
+        packing.packed_attention(torch.nn.Identity(), x, x, x, **known | arguments)
+        return
+    with pytest.raises(ValueError, match=message):
+        packing.packed_attention(torch.nn.Identity(), x, x, x, **known | arguments)
+
+
+def missing(weights: dict[str, Tensor]) -> None:
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+
+
+def left_over(weights: dict[str, Tensor]) -> None:
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3)
+
+
+def of_another_shape(weights: dict[str, Tensor]) -> None:
+    weights["model.norm.weight"] = torch.zeros(63)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (missing, r"weight model.layers.1.mlp.up_proj.weight is missing \(and 1 more\)"),
+        (left_over, r"weight model.layers.2.mlp.up_proj.weight is not part of the model"),
+        (of_another_shape, r"weight model.norm.weight has another shape than the model's"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_policy, load_critic])
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_wrong_weights_are_refused(
+    folder: Path,
+    load: Callable[[str], torch.nn.Module],
+    change: Callable[[dict[str, Tensor]], None],
+    message: str,
+) -> None:
+    """transformers would fill what is missing with random numbers, and ignore what is left over."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(str(folder))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+def test_a_critic_is_no_policy(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Its vocabulary head would be random."""
+    export_model(load_critic(str(folder)), tokenizer, tmp_path / "critic")
+    with pytest.raises(ValueError, match=r"weight lm_head\.weight is missing"):
+        load_policy(str(tmp_path / "critic"))
+
+
+@pytest.mark.parametrize("length", [60, 70])
+def test_longrope_is_trained_below_its_switch(
+    length: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """LongRoPE takes one of two sets of angles, for all sequences of a pack alike."""
+    _, settings, _ = REFUSED["phi3, LongRoPE"]
+    config = small_config("phi3", settings)
+    if length <= 64:
+        preflight.require_trainable(config, length, "m")
+        return
+    with pytest.raises(ValueError, match=r"LongRoPE changes at 64 tokens .* from 70"):
+        preflight.require_trainable(config, length, "m")
+
+
+@pytest.mark.parametrize("folder", ["deepseek_v3"], indirect=True)
+def test_ranks_get_the_stored_buffers_and_stop_together(folder: Path, tmp_path: Path) -> None:
+    """Two ranks have rank 0's buffers and the log-probabilities of a world of one; what rank 0
+    finds wrong with the weights, every rank says."""
+    model = load_policy(str(folder))  # before rank 0 removes a weight from the folder
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, folder, tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for rank in (0, 1):
+        seen = load_file(tmp_path / f"{rank}.safetensors")
+        assert close(seen.pop("logprobs"), model(packing.pack_token_ids([range(20)]))[0].detach())
+        bias = seen.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert float(bias.abs().min()) > 0
+        assert torch.equal(
+            bias,
+            dict(model.model.named_buffers())["model.layers.1.mlp.gate.e_score_correction_bias"],
+        )
+        assert "is missing" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def on_rank(folder: Path, out: Path) -> None:
+    """What each rank of the test above does."""
+    distributed.start(2)
+    rank = distributed.rank()
+    model = load_policy(str(folder))
+    with torch.no_grad():
+        seen = {"logprobs": model(packing.pack_token_ids([range(20)]))[0]}
+    seen |= {name: b.clone() for name, b in model.model.named_buffers()}
+    save_file(seen, out / f"{rank}.safetensors")
+    distributed.all_gather_objects(rank)
+    if rank == 0:
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, folder / "broken.safetensors", {"format": "pt"})
+        (folder / "broken.safetensors").rename(folder / "model.safetensors")
+    try:
+        load_policy(str(folder))
+    except ValueError as error:
+        (out / f"{rank}.txt").write_text(str(error))
+    distributed.all_gather_objects(rank)
+    distributed.stop()
+
+
+# ── logits: bias, scale, cap, temperature, nucleus ────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("transform", [(1.0, None), (0.25, None), (3.0, 2.0), (1.0, 5.0)])
+def test_chunks_apply_the_transform(
+    monkeypatch: pytest.MonkeyPatch,
+    with_bias: bool,
+    temperature: float,
+    top_p: float,
+    transform: tuple[float, float | None],
+) -> None:
+    """Log-probabilities, entropy and gradients against torch's, with chunks that leave a
+    remainder."""
+    random = torch.Generator().manual_seed(0)
+    h = torch.randn(11, 16, generator=random, requires_grad=True)
+    W = torch.randn(50, 16, generator=random, requires_grad=True)
+    bias = torch.randn(50, generator=random, requires_grad=True) if with_bias else None
+    inputs = [h, W] if bias is None else [h, W, bias]
+    scale, cap = transform
+    logits = torch.nn.functional.linear(h, W, bias) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature
+    actions = logits.argmax(-1)  # always in the nucleus
+    if top_p < 1:
+        logits = nucleus(logits, top_p)
+    logp = logits.log_softmax(-1)
+    entropy = torch.special.entr(logp.exp()).sum(-1)
+    weights = torch.randn(11, generator=random)
+    naive = logp.gather(-1, actions[:, None])[:, 0]
+    expected = torch.autograd.grad((naive * weights).sum(), inputs)
+
+    monkeypatch.setitem(policy.CHUNK, "cpu", 4 * 50)
+    monkeypatch.setattr(policy, "LEAST", 1)
+    asked = (temperature, bias, policy.LogitsTransform(*transform), top_p)
+    ours, our_entropy = policy.TokenLogProbs.apply(h, W, actions, *asked)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_entropy, entropy, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((ours * weights).sum(), inputs)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-5, rtol=1e-4)
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """−∞ outside the smallest set of most likely tokens with at least the mass `top_p`."""
+    kept = torch.full_like(logits, -torch.inf)
+    for row, values in enumerate(logits.detach()):
+        mass = 0.0
+        for token in values.argsort(descending=True):
+            kept[row, token] = 0.0
+            mass += float(values.softmax(-1)[token])
+            if mass >= top_p:
+                break
+    return logits + kept
+
+
+def test_an_action_outside_the_nucleus_has_a_finite_logprob() -> None:
+    """Rounding may put it there: the sampler's arithmetic is another."""
+    h, W = torch.ones(1, 1), torch.tensor([[3.0], [1.0], [0.0]])
+    logp, _ = policy.TokenLogProbs.apply(h, W, torch.tensor([2]), 1.0, None, policy.PLAIN, 0.5)
+    expected = torch.tensor([3.0, 0.0]).log_softmax(-1)[1]  # the most likely token, and the action
+    torch.testing.assert_close(logp, expected[None])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("folder", ["llama", "granite"], indirect=True)
+def test_top_p_is_the_samplers(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    temperature: float,
+) -> None:
+    """With --top-p below 1 the trainer's log-probabilities are of the distribution sampled from.
+    Those of the whole vocabulary differ."""
+    model = load_policy(str(folder))
+    sampler = HFSampler(str(folder), tokenizer, [tokenizer.eos_token_id], "float32", "cpu", 16)
+    asked = Sampling(24, temperature, 0.8)
+    sampled = sample_responses(sampler, tokenizer, problems[:4], 4, asked, "0")
+    seen = torch.tensor([p for r in sampled for p in r.logprobs])
+
+    def trainer(top_p: float) -> Tensor:
+        return forward_all_tokens(lambda m: model(m, temperature, top_p)[0], sampled, 500, "cpu")
+
+    assert close(trainer(0.8), seen)
+    assert float((trainer(1.0) - seen).abs().max()) > 0.01
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def table() -> str:
+    """The tables of docs/models.md."""
+    lines = ["| type | what is special about it |", "|---|---|"]
+    lines += [f"| {name} | {note} |" for name, (_, note) in WORKING.items()]
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| {name} | {BECAUSE.get(why, why)} |" for name, (_, _, why) in REFUSED.items()]
+    return "\n".join(lines)
+
+
+def test_docs_hold_the_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    assert table() in page.read_text()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        on_rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(table())
