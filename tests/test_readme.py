@@ -251,7 +251,7 @@ def missing(name: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", PAGES.keys() - {"docs/changelog.md"})
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"docs/changelog.md"}))
 def test_names_in_the_text_exist(page: str) -> None:
     """Files in backticks are in the tree; functions of the project are in their modules."""
     files = {path.name for path in ROOT.glob("*/*") if path.is_file()} | visible(ROOT)
@@ -305,7 +305,7 @@ def flags_in(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
 
 
-@pytest.mark.parametrize("page", PAGES.keys() - {"docs/changelog.md"})
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"docs/changelog.md"}))
 def test_commands_exist(page: str) -> None:
     """A program is in the tree and has the flags that it is called with."""
     for program, rest in commands(PAGES[page]):
@@ -327,7 +327,7 @@ def test_commands_are_found() -> None:
     assert len([name for name in seen if name.startswith("benchmarks.")]) >= 8
 
 
-@pytest.mark.parametrize("page", PAGES.keys() - HISTORY)
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - HISTORY))
 def test_flags_in_the_text_exist(page: str) -> None:
     known = set().union(*map(flags, PROGRAMS)) | flags("benchmarks.gpu")
     for text in re.findall(r"`(--[^`]*)`", PAGES[page]):
@@ -376,11 +376,31 @@ def test_metric_glossary_is_complete(
     monkeypatch.syspath_prepend(tmp_path)
     rows = [(question, str(sum(tiny.numbers(question)))) for question in tiny.problems(0)[0][:8]]
     flags = [
-        "--runs", str(tmp_path), "--name", "run", "--model", str(model_folder),
-        "--data", str(write_orz(tmp_path / "train.json", rows)), "--reward", "glossary_reward:odd",
-        "--engine", "transformers", "--steps", "2", "--prompts", "4", "--samples", "4",
-        "--prompt-tokens", "64", "--response-tokens", "24", "--kl-loss", "0.1",
-    ]  # fmt: skip
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--model",
+        str(model_folder),
+        "--data",
+        str(write_orz(tmp_path / "train.json", rows)),
+        "--reward",
+        "glossary_reward:odd",
+        "--engine",
+        "transformers",
+        "--steps",
+        "2",
+        "--prompts",
+        "4",
+        "--samples",
+        "4",
+        "--prompt-tokens",
+        "64",
+        "--response-tokens",
+        "24",
+        "--kl-loss",
+        "0.1",
+    ]
     cfg = parse(flags)
     folder = train.train(cfg, prepare(cfg))
     written = set().union(*map(json.loads, (folder / "metrics.jsonl").open()))
