@@ -200,6 +200,8 @@ def _check_rates(cfg: Recipe) -> None:
 def _check_out(cfg: Recipe) -> None:
     """Raise ValueError for an output that cannot be written or that is an input."""
     out = Path(cfg.out)
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
     sources = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
     overwritten = {out.resolve(), _removed_path(out).resolve()}
     if out == _removed_path(out) or overwritten & sources:
@@ -207,8 +209,6 @@ def _check_out(cfg: Recipe) -> None:
             f"--out {out}: it, or removed.jsonl beside it, is an input; "
             "choose another name or folder"
         )
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
