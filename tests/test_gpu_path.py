@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from critic import load_critic
 from data import Problem
 from distributed import Sharding
 from policy import load_policy
+from reports import log
 from tools import ask
 
 ROOT = Path(__file__).parent.parent
@@ -390,6 +392,16 @@ def test_the_gpu_benchmark_starts_without_packages_that_a_gpu_machine_lacks() ->
         runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
     """
     assert "--toy" in run("-c", start)
+
+
+def test_a_table_names_the_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if name == "math-verify":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(log, "version", installed)
+    assert log.versions() == dict.fromkeys(("torch", "transformers", "numpy"), "1.0")
 
 
 if __name__ == "__main__":
