@@ -327,7 +327,7 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     copied("weights-text", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
     T5Config(d_model=32, num_layers=1, num_heads=1, d_ff=32).save_pretrained(folder / "t5-model")
     qwen = Qwen2ForCausalLM.from_pretrained(model).config
-    wide = qwen.__class__(**{**qwen.to_dict(), "vocab_size": 64})
+    wide = qwen.__class__(**{**qwen.to_dict(), "vocab_size": 64, "pad_token_id": None})
     wide.save_pretrained(copied("small-vocabulary"))
     qwen.num_labels = 1
     Qwen2ForSequenceClassification(qwen).save_pretrained(folder / "critic")

@@ -602,3 +602,30 @@ def test_generated_tasks_are_different_repeatable_and_graded_honestly(
         golds, others = zip(*wrong, strict=True)
         assert not any(grader.equal(list(golds), list(others)))
     assert not any(grader.equal(answers, questions))
+
+
+# ── placeholders, fractions, drawings ─────────────────────────────────────────────────────────────
+
+
+def test_a_placeholder_is_no_gold_and_be_calculated_asks(tmp_path: Path) -> None:
+    source = write_problems(tmp_path / "a.jsonl", (SQUARE, "49"), ("What is $x$?", "notfound"))
+    out = tmp_path / "b.jsonl"
+    curate.main([str(source), "--out", str(out), *ONE_WORKER])
+    assert removed(out) == {"a.jsonl:2": ("gold", "")}
+    assert not filters.proof("Show that it is constant and be calculated that value.", "4")
+    assert not filters.proof("(a) Show that $x=1$. (b) State the maximum.", "4")
+    assert filters.proof("Show that $x$ can be calculated from the state of $y$.", "4")
+
+
+def test_a_fraction_in_a_line_is_the_same_fraction(grader: Grader) -> None:
+    text = "The result is %s of the number and %s of its square. Find it."
+    rows = [Row("a:1", text % (r"$\frac{1}{29}$", r"$\dfrac{a+1}{7}$"), "725")]
+    assert found(rows, [Row("b:1", text % ("1/29", "$(a+1)/7$"), "725")], grader) == 1
+    assert found(rows, [Row("b:1", text % ("1/28", "$(a+1)/7$"), "725")], grader) == 0
+
+
+def test_numbers_inside_a_drawing_tell_problems_apart(grader: Grader) -> None:
+    text = 'Find $x$. [asy]size(%d); draw((0,0)--(%s,1)); label("$%d$",(0,1),N);[/asy]'
+    rows = [Row("a:1", text % (100, "3", 4), "5")]
+    for changed, repeats in (((200, "3.0", 4), 1), ((100, "7", 4), 0), ((100, "3", 9), 0)):
+        assert found(rows, [Row("b:1", text % changed, "5")], grader) == repeats, changed

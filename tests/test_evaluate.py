@@ -163,3 +163,73 @@ def test_real_recorded_responses_reproduce_their_labels(
         responses, accuracy, labelled = map(float, cells[2:5])
         assert responses > 50
         assert abs(accuracy - labelled) <= 1, cells[0]
+
+
+def test_a_corrected_gold_is_graded_again_and_nothing_is_sampled(
+    tmp_path: Path, base_folder: Path, call: Callable[..., Ended]
+) -> None:
+    """The stored texts get the grades that the corrected set gives them."""
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"question": "2+3+1+1+1+1+1=?", "answer": "10"}\n')
+    flags = ["--model", base_folder, "--benchmarks", sums, *QUICK, "--out", tmp_path / "out"]
+    assert call(main, *flags).code == 0
+    (file,) = (tmp_path / "out").glob("*/sums.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    right = r"so 11 </think> <answer> \boxed{11} </answer>"
+    records = [record | {"response": right, "finish": "stop"} for record in records]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    sums.write_text('{"question": "2+3+1+1+1+1+1=?", "answer": "11"}\n')
+    assert call(main, *flags).code == 0
+    after = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(r["gold"], r["reward"], r["response"]) for r in after] == [("11", 1.0, right)] * 4
+    assert json.loads(file.with_name("results.json").read_text())["sums"]["reward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("settings.json", "{", "settings.json: damaged"),
+        ("results.json", "[]", "results.json: damaged"),
+        ("results.json", '{"sums": {}}', "sums is not a result of evaluate.py"),
+        ("sums.jsonl", "{}\n" * 4, "sums.jsonl: line 1: damaged, not a graded response"),
+    ],
+)
+def test_damaged_results_are_one_line_and_stay(
+    tmp_path: Path,
+    model_folder: Path,
+    sums_file: Path,
+    file: str,
+    content: str,
+    message: str,
+    call: Callable[..., Ended],
+) -> None:
+    flags = ["--model", model_folder, "--benchmarks", sums_file, *QUICK, "--limit", "1"]
+    flags += ["--out", tmp_path]
+    assert call(main, *flags).code == 0
+    (damaged,) = tmp_path.glob(f"*/{file}")
+    damaged.write_text(content)
+    done = call(main, *flags)
+    (line,) = done.err.splitlines()
+    assert done.code == 1 and message in line
+    assert damaged.read_text() == content
+
+
+def test_files_that_are_no_evaluation_are_left_alone(
+    tmp_path: Path, model_folder: Path, sums_file: Path, call: Callable[..., Ended]
+) -> None:
+    folder = tmp_path / "-".join(model_folder.parts[-2:])
+    folder.mkdir()
+    (folder / "mine.jsonl").write_text("mine")
+    flags = ["--model", model_folder, "--benchmarks", sums_file, *QUICK, "--out", tmp_path]
+    done = call(main, *flags, "--overwrite")
+    assert done.code == 1 and "holds files that are not an evaluation's" in done.err
+    assert (folder / "mine.jsonl").read_text() == "mine"
+
+
+def test_a_set_called_all_is_counted_once(tmp_path: Path, call: Callable[..., Ended]) -> None:
+    row = {"gold": "4", "pred": "<answer>4</answer>"}
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"set": "b"})))
+    table = [line.split() for line in call(main, "--responses", file).out.splitlines()]
+    counts = [cells[:-5] for cells in table if cells and cells[0] in ("all", "b")]
+    assert counts == [["all", "1"], ["b", "1"], ["all", "sets", "2"]]

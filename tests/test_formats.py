@@ -169,3 +169,41 @@ def test_real_sets(parts: tuple[str, ...], rows: int) -> None:
     problems = data.load(orz_data(*parts))
     assert len(problems) == rows
     assert all(problem.question.strip() and problem.answer.strip() for problem in problems)
+
+
+def test_placeholders_empty_answers_and_examples() -> None:
+    solved = {"problem": "q", "solution": r"$\boxed{7}$"}
+    for answer in ("", " ", "notfound", None):
+        assert formats.question_answer(solved | {"answer": answer}) == ("q", "7")
+    assert formats.question_answer({"problem": "q", "answer": "notfound"}) == ("q", "notfound")
+    content = "Question: 1+1?\n\nAnswer: 2.\n\nQuestion: 2+3?\n\nAnswer:"
+    row = {"messages": [{"role": "user", "content": content}], "ground_truth": "5"}
+    assert formats.question_answer(row) == ("2+3?", "5")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    for name, text in (("a.json", '[{"question": "q", "answer": "1"}]'), ("a.csv", "q,1,2,3,4,A")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (problem,) = data.load(tmp_path / name)
+        assert problem.question.startswith("q")
+
+
+def test_a_repository_with_a_script_and_a_broken_stream_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_script(*_: object, **__: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
+
+    def broken(*_: object, **__: object) -> list[dict]:
+        def items() -> object:
+            yield {"question": "q", "answer": "1"}
+            raise RuntimeError("connection lost")
+
+        return items()
+
+    monkeypatch.setattr("datasets.load_dataset", with_script)
+    with pytest.raises(OSError, match=r"the hub does not give it \(Dataset scripts are no longer"):
+        data.load("owner/set")
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    with pytest.raises(OSError, match=r"broke off after row 1 \(connection lost\)"):
+        data.load("owner/set")
