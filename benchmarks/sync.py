@@ -103,9 +103,9 @@ def make_problems() -> list[Problem]:
     return data.tokenize(problems, tiny.tokenizer(), 64, data.TEMPLATE)
 
 
-def measure(engine: Engine, size: str, folder: Path) -> Row:
-    """One sampler beside one policy, in this process."""
-    cfg = Config(
+def settings_of(engine: Engine) -> Config:
+    """Settings of the sampler and of the policy's step."""
+    return Config(
         engine=engine,
         dtype="float32",
         prompt_tokens=64,
@@ -114,6 +114,11 @@ def measure(engine: Engine, size: str, folder: Path) -> Row:
         policy_lr=1e-3,
         policy_lr_warmup=0,
     )
+
+
+def measure(engine: Engine, size: str, folder: Path) -> Row:
+    """One sampler beside one policy, in this process."""
+    cfg = settings_of(engine)
     tokenizer = tiny.tokenizer()
     problems = make_problems()
     sampler = open_sampler(cfg, str(folder), tokenizer, [tokenizer.eos_token_id])
