@@ -182,7 +182,8 @@ _SCALE_WORD = "(?:" + "|".join(_SCALE) + r")s?\b"
 _MODIFIER = (
     r"(?:squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?"
     r"|eighths?|ninths?|(?:ten|hundred|thousand|million|billion)ths?|tens|gross"
-    rf"|(?!{_SCALE_WORD})[a-z]+illions?|repeating|recurring|binary|octal|hexadecimal|base|mod|modulo"
+    rf"|(?!{_SCALE_WORD})[a-z]+illions?|repeating|recurring|binary|octal|hexadecimal|base"
+    r"|mod|modulo"
     r"|sq(?:uare|\.)? roots?|or (?:more|less|fewer|so))"
 )
 _MODIFIED_NUMBER = re.compile(rf"\d[ ~]*+(?:[A-Za-z]{{1,20}} ){{0,3}}\b{_MODIFIER}\b", re.I)

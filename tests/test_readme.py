@@ -314,6 +314,8 @@ def test_commands_exist(page: str) -> None:
         elif program == "pytest":
             for file in re.findall(r"tests/\w+\.py", rest):
                 assert (ROOT / file).is_file(), file
+        elif program.startswith("tests/"):
+            assert (ROOT / f"{program}.py").is_file(), f"{page}: {program}"
         else:
             assert program in MODULES, f"{page}: {program}"
             unknown = flags_in(rest) - flags(program)
