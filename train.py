@@ -101,8 +101,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
             log.step(step, metrics, rollouts, inputs.tokenizer, values, advantages)
             evaluate_heldout(cfg, inputs, sampler, log, step + 1)
             with log.aside("checkpoint"):
-                last = step + 1 == cfg.steps
-                checkpoints.step(step + 1, last, log.records, log.spent())
+                checkpoints.step(step + 1, step + 1 == cfg.steps, log.records, log.spent())
         save_models(cfg, models, inputs, log.folder)
         log.print_before_after()
     if sampler:

@@ -53,6 +53,7 @@ from checkpoint import (
 )
 from curation.files import progress_bar, write_atomically
 from reports.metrics import heldout_metrics
+from reports.page import is_run_config
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
 
@@ -83,15 +84,6 @@ _locks: dict[Path, int] = {}  # run folder → open file descriptor that locks i
 
 
 # ── the folder ────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_run_config(config: Any) -> bool:
-    """Whether the content of a config.json is that of a run, and not of a model or anything else.
-
-    >>> is_run_config({"model_type": "qwen2"})
-    False
-    """
-    return isinstance(config, dict) and {"policy_lr", "critic_lr"} <= config.keys()
 
 
 def is_run(folder: Path) -> bool:
@@ -352,7 +344,8 @@ class RunLog:
         """Seconds of the run so far, the time before it was resumed included; by stage the seconds
         and the peak memory at its end."""
         seconds = self.earlier_seconds + time.perf_counter() - self.began
-        return {"seconds": seconds, "stages": self.stages}
+        # Copies: a checkpoint's thread writes them while the next step goes on.
+        return {"seconds": seconds, "stages": {k: dict(used) for k, used in self.stages.items()}}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
