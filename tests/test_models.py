@@ -101,9 +101,13 @@ def test_tokens_times_vocabulary_never_exists(
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same(
-    model_folder: Path, problems: list[Problem], checkpointing: bool
+    model_folder: Path,
+    problems: list[Problem],
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All layers and packs of all shapes use one graph."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # vLLM's sampler sets it on a CPU
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain = policy.load_policy(str(model_folder))
