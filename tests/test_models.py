@@ -100,14 +100,11 @@ def test_tokens_times_vocabulary_never_exists(
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
+@torch._dynamo.config.patch(disable=False)  # vLLM's sampler sets it on a CPU
 def test_compiled_layers_compute_the_same(
-    model_folder: Path,
-    problems: list[Problem],
-    checkpointing: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path, problems: list[Problem], checkpointing: bool
 ) -> None:
     """All layers and packs of all shapes use one graph."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # vLLM's sampler sets it on a CPU
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain = policy.load_policy(str(model_folder))
