@@ -11,6 +11,7 @@ Qwen2.5 model has the paper's settings by default, the tiny model its own.
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -198,7 +199,8 @@ def compute_advantages(
     if models.reference and cfg.kl_reward:
         with distributed.on_device(cfg.offload, models.policy):
             logp = compute_logprobs(cfg, models.policy, rollouts)
-        logp_ref = compute_logprobs(cfg, models.reference, rollouts)
+        whole = replace(cfg, top_p=1.0)  # a KL needs the reference's probability of every token
+        logp_ref = compute_logprobs(whole, models.reference, rollouts)
         rewards = ppo.kl_shaped_rewards(rewards, logp, logp_ref, cfg.kl_reward, cfg.kl_estimator)
     return gae(rewards, values, lengths, cfg.gamma, cfg.lam)
 
@@ -275,7 +277,7 @@ def update_policy(
     for k, members in enumerate(batches):
         num_tokens = sum(lengths[i] for i in members)
         for micro in micro_batches(rollouts, members, cfg.micro_tokens, advantages.device):
-            logp, entropy = models.policy(micro, cfg.temperature)
+            logp, entropy = models.policy(micro, cfg.temperature, cfg.top_p)
             old = logp.detach() if logp_old is None else logp_old[micro.flat]
             advantage = advantages[micro.flat]
             if cfg.tis_cap:
@@ -342,7 +344,7 @@ def compute_logprobs(cfg: Config, model: Policy, rollouts: Sequence[Rollout]) ->
     """log π(a_t|s_t) of all response tokens, flat (N,), without gradient."""
 
     def logp(micro: MicroBatch) -> Tensor:
-        return model(micro, cfg.temperature)[0]
+        return model(micro, cfg.temperature, cfg.top_p)[0]
 
     return forward_all_tokens(logp, rollouts, cfg.micro_tokens, distributed.device())
 
@@ -421,7 +423,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}" if distributed.rank() == 0 else 1)
     try:
         folder = train(cfg, inputs)
-    except (FloatingPointError, OSError) as error:  # perhaps on one rank alone
+    except (FloatingPointError, OSError, ValueError) as error:  # perhaps on one rank alone
         where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
         sys.exit(f"train.py: {where}{error}")
     if distributed.rank() == 0:
