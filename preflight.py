@@ -197,7 +197,7 @@ def _read_files_for(cfg: Config, grader: Grader) -> _Files:
         eval_sources = eval_sources or (str(folder / "heldout.json"),)
     tokenizer = _check_model_files(cfg, model_path, resume_from)
     if cfg.replay:
-        _check_replay(cfg, tokenizer)
+        _check_replay(cfg, model_config(model_path).vocab_size)
         return _Files(model_path, [], [], resume_from)
     problems = _read_problems(cfg, tokenizer, grader, train_source)
     eval_problems = []
@@ -309,9 +309,10 @@ def _read_problems(
     return problems if cfg.reward else gradable(problems, grader, cfg.drop_bad_rows, source)
 
 
-def _check_replay(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_replay(cfg: Config, vocab_size: int) -> None:
     """Raise ValueError for rollouts that `cfg` cannot train on: damaged ones, fewer than an update
-    has steps, or, for GRPO, groups of --samples that answer different problems."""
+    has steps, or, for GRPO, groups of --samples that answer different problems. `vocab_size` is the
+    model's, which may be wider than the tokenizer's: such ids are sampled, too."""
     for step in range(cfg.steps):
         path = Path(cfg.replay) / f"step-{step}.jsonl"
         try:
@@ -319,7 +320,7 @@ def _check_replay(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         except (TypeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: not saved rollouts ({error})") from None
         for number, r in enumerate(rollouts, 1):
-            why = _unusable(r, cfg.micro_tokens, len(tokenizer))
+            why = _unusable(r, cfg.micro_tokens, vocab_size)
             if why:
                 raise ValueError(f"{path}: line {number}: {why}")
         for role in cfg.trained_roles:
@@ -332,13 +333,13 @@ def _check_replay(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         _require(whole or cfg.advantage != "grpo", cfg, "samples", why)
 
 
-def _unusable(r: Rollout, micro_tokens: int, vocabulary: int) -> str:
+def _unusable(r: Rollout, micro_tokens: int, vocab_size: int) -> str:
     """Why a saved rollout cannot be trained on; "" if it can."""
     ids = [*r.problem.prompt_ids, *r.token_ids]
     if not (r.problem.prompt_ids and r.token_ids):
         return "has no prompt_ids or no ids"
-    if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
-        return f"has an id that is not one of the tokenizer's {vocabulary}"
+    if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        return f"has an id that is not one of the model's {vocab_size}"
     if len(r.logprobs) != len(r.token_ids) or not all(map(_is_finite, [r.reward, *r.logprobs])):
         return "reward and logprobs must be finite numbers, one log-probability for each id"
     if len(ids) > micro_tokens:
