@@ -452,6 +452,15 @@ def architecture(model_config: Any) -> dict[str, Any]:
     return {key: getattr(model_config, key, None) for key in ARCHITECTURE}
 
 
+def is_run_config(config: Any) -> bool:
+    """Whether the content of a config.json is that of a run, and not of a model or anything else.
+
+    >>> is_run_config({"model_type": "qwen2"})
+    False
+    """
+    return isinstance(config, dict) and {"policy_lr", "critic_lr"} <= config.keys()
+
+
 def changed_settings(resume_from: Checkpoint, config: Any) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's: name → (then, now)."""
     then = resume_from.about["settings"]

@@ -45,6 +45,7 @@ import distributed
 from checkpoint import (
     Checkpoint,
     changed_settings,
+    is_run_config,
     move_export_aside,
     newest_complete,
     remove_tree,
@@ -53,7 +54,6 @@ from checkpoint import (
 )
 from curation.files import progress_bar, write_atomically
 from reports.metrics import heldout_metrics
-from reports.page import is_run_config
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
 

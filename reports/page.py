@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from checkpoint import is_run_config
 from curation.files import JsonLine, read_jsonl, write_atomically
 from reports.metrics import follows_format, reflects, significant
 
@@ -87,15 +88,6 @@ def collect(folder: Path, rollouts: int, size: int) -> dict[str, Any]:
         "rollouts": chosen,
         "counted": counted,
     }
-
-
-def is_run_config(config: Any) -> bool:
-    """Whether the content of a config.json is that of a run, and not of a model or anything else.
-
-    >>> is_run_config({"model_type": "qwen2"})
-    False
-    """
-    return isinstance(config, dict) and {"policy_lr", "critic_lr"} <= config.keys()
 
 
 def choose(path: Path, count: int, size: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
