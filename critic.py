@@ -20,7 +20,7 @@ import distributed
 from distributed import Sharding
 from packing import MicroBatch, check_against_own_forward, hidden_states
 
-WHOLE = Sharding()
+DEFAULT_SHARDING = Sharding()
 # Modules whose weights a folder may hold or lack beside those of the base model: our value head,
 # the authors', and vocabulary heads.
 HEADS = ("score", "value_head", "lm_head", "embed_out")
@@ -64,7 +64,7 @@ def critic_class(config: Any) -> type[PreTrainedModel]:
 
 
 def load_critic(
-    path: str, head: str = "authors", seed: int = 0, sharding: Sharding = WHOLE
+    path: str, head: str = "authors", seed: int = 0, sharding: Sharding = DEFAULT_SHARDING
 ) -> Critic:
     """Base model `path` with a linear map H → 1 without bias in place of its vocabulary head, in
     float32, over all ranks.

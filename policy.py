@@ -1,5 +1,7 @@
-"""The policy π_θ: log-probabilities of the sampled tokens, without ever holding [tokens ×
-vocabulary]."""
+"""The policy π_θ: log-probabilities of the sampled tokens.
+
+No [tokens × vocabulary] tensor is ever held: logits exist for one chunk of tokens at a time.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,10 +14,10 @@ import distributed
 from distributed import Sharding
 from packing import MicroBatch, check_against_own_forward, hidden_states
 
-# Logits held at once: what a CPU's cache holds; on a GPU 883 tokens of Qwen's vocabulary.
+# Logits held at once: what a CPU's cache holds; on a GPU those of 883 tokens of Qwen2.5.
 CHUNK = {"cpu": 2**19, "cuda": 2**27}
 LEAST = 128  # tokens in a chunk at least, because every chunk reads the whole head
-WHOLE = Sharding()
+DEFAULT_SHARDING = Sharding()
 
 
 class LogitsTransform(NamedTuple):
@@ -56,7 +58,8 @@ class Policy(torch.nn.Module):
         self, micro: MicroBatch, temperature: float = 1.0, top_p: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """log π_θ(a_t|s_t) of each action and, for logging, the entropy of π_θ(·|s_t); both (n,)
-        float32. Only positions that predict an action reach the vocabulary head."""
+        float32. Only positions that predict an action, the tokens *before* the
+        actions (packing.py), reach the vocabulary head."""
         h = hidden_states(self.model, micro)  # (n, H)
         head = self.model.get_output_embeddings()  # weight (V, H)
         return TokenLogProbs.apply(
@@ -185,7 +188,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, keep: int = 1) -> Tensor:
     return torch.addmm(out, a.float(), b.float(), beta=keep, out=out)
 
 
-def load_policy(path: str, sharding: Sharding = WHOLE) -> Policy:
+def load_policy(path: str, sharding: Sharding = DEFAULT_SHARDING) -> Policy:
     """The base model in float32 (master weights), over all ranks. Dropout stays off: PPO's ratio
     compares two passes over the same weights, and must be 1 when nothing changed. Raises ValueError
     when weights are missing or left over, and when log-probabilities of a pack are not those of the

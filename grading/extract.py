@@ -13,10 +13,10 @@ Prose is a text of more than `MAX_WORDS` words, or of several words with one of 
 Text outside the tags never counts, boxed or not. More than `MAX_CONTENT` characters between the
 tags are no answer. With `require_boxed=True`, as in the authors' code, an answer must be boxed.
 
-The reward compares the extracted answer with the gold answer: R = 1 if they are equal, else 0.
-There is no format reward and no partial credit.
+The extracted answer is compared with the gold answer. reward.score makes the reward of the verdict:
+a truncated response gets 0 even if its answer is right.
 
-    response ──extract──▶ answer ──grading/equivalence.py, in a worker process──▶ R ∈ {0, 1}
+    response ──extract──▶ answer ──grading/equivalence.py, in a worker process──▶ equal or not
 """
 
 import re

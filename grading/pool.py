@@ -48,8 +48,8 @@ Pair = tuple[str, str]  # gold, answer
 
 
 class Grade(NamedTuple):
-    """The reward, 1 or 0; the extracted answer; whether its comparison gave no verdict: it missed
-    the deadline, or its worker died twice or ran out of memory."""
+    """1 if the answers are equal, else 0; the extracted answer; whether its comparison gave no
+    verdict: it missed the deadline, or its worker died twice or ran out of memory."""
 
     reward: float
     answer: str
