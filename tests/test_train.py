@@ -24,8 +24,10 @@ from transformers import (
 import train
 from config import TINY, Config, parse
 from critic import load_critic
+from data import Problem
 from preflight import prepare, validate_settings
 from reports.log import RunLog
+from rollout import Rollout, save_rollouts
 from toy import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -378,3 +380,24 @@ def test_real_tokenizer_vocabulary_and_data(tmp_path: Path, engine: str) -> None
     assert step["logp_gap_max"] < 1e-4
     assert step["truncated"] > 0
     assert (folder / "policy" / "tokenizer.json").exists()
+
+
+def test_replay_accepts_the_ids_of_the_model_and_no_others(
+    tmp_path: Path, model_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> None:
+    """The model's vocabulary is three wider than the tokenizer's; such ids are sampled, too."""
+    flags = f"""--model {model_folder} --replay {tmp_path} --runs {tmp_path / "runs"} --steps 1
+        --prompts 1 --samples 2 --critic-steps 1 --prompt-tokens 64 --response-tokens 64
+        --micro-tokens 512""".split()
+    for name, last, refused in (("widest", 2, False), ("beyond", 3, True)):
+        ids = [5, len(tokenizer) + last]
+        rollouts = [Rollout(problems[0], ids, [-1.0, -1.0], "stop", "")] * 2
+        save_rollouts(tmp_path / "step-0.jsonl", rollouts)
+        cfg = parse([*flags, "--name", name])
+        if refused:
+            with pytest.raises(
+                ValueError, match="line 1: has an id that is not one of the model's"
+            ):
+                prepare(cfg)
+        else:
+            prepare(cfg).grader.close()
