@@ -25,7 +25,7 @@ hold where Math-Verify alone accepts too little or too much:
 | set operations are computed | `(1,2]`, `[0,2] \cap (1,3)` | `(1,2]`, `[0,2) \cap (1,3)` |
 | words after a number are dropped | `1320`, `1320 km`; `48`, `48 cupcakes` | `48`, `48 or more` |
 | without a space: words, known units | `10`, `10weeks`; `5`, `5cm` | `10`, `10ab`; `5d`, `5c` |
-| units may be abbreviated | `15`, `15 sq. cm`; `5`, `5 ft.` | `15`, `51 sq. cm` |
+| units may be abbreviated | `15`, `15 sq. m`; `5`, `5 ft.` | `15`, `51 sq. m`; `15`, `15 sq root` |
 | not words that change the number | `1`, `1 hour` | `1`, `1 third`; `5`, `5\text{ squared}` |
 | a unit may be missing | `5\text{ m}`, `5`; `5`, `5 m/s` | `5`, `6 m/s` |
 | a unit may not differ | `5\text{ m}`, `5 m` | `5\text{ m}`, `5 km`; `\$5`, `5 cents` |
@@ -54,6 +54,7 @@ hold where Math-Verify alone accepts too little or too much:
 | tuples have an order | `(1,2)`, `(1, 2)` | `(1,2)`, `(2,1)` |
 | named numbers: the names' order | `(1,2)`, `y = 2, x = 1` | `(1,2)`, `x = 2, y = 1` |
 | names must be the same | `x=1,y=2`, `(x,y) = (1,2)` | `x=1,y=2`, `x=2,y=1`; `x=1,y=2`, `a=1,b=2` |
+| alternatives are not a pair | `1,2`, `x=1 or x=2` | `(1,2)`, `x=1 or y=2`; `(1,2)`, `1 or 2` |
 | lists and sets have none | `1,2`, `2 and 1`; `\{1,2\}`, `\{2,1\}` | `2`, `2,-1` |
 | a set is not a tuple or an interval | `\{1,2\}`, `1,2` | `(1,2)`, `\{1,2\}`; `\{1,2\}`, `[1,2]` |
 | fractions are exact | `10^{20}`, `100000000000000000000` | `2^{60}`, `2^{60}+1` |
@@ -101,6 +102,10 @@ _TIME_OF_DAY = re.compile(
 _APPROXIMATELY = r"≈|≃|\\(?:approx|simeq)(?![a-z])"
 _NAME = re.compile(r"(?!e$|\\pi$)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?|[A-Za-z ]+)")
 _UNEVALUATED = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])|[∫∑∏]")
+_OR = re.compile(r"\bor\b|∨|\\(?:lor|vee)(?![a-z])")
+_RELATION = re.compile(r"[<>≤≥∈]|\\(?:leq?|geq?|lt|gt|in)(?![a-z])")
+_ASSIGNED_NAME = re.compile(r"(?<![A-Za-z\\])(\\?[A-Za-z]++)(?:_\{?[A-Za-z0-9]++\}?)?+ ?=")
+_ONE_TUPLE = re.compile(r"(?:\\left)?\([^(),]++,[^()]*+\)")
 _BRACKET = re.compile(r"[()\[\]{}]")
 _DEPTH_CHANGE = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 _TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
@@ -189,13 +194,15 @@ _MODIFIER = (
 _MODIFIED_NUMBER = re.compile(rf"\d[ ~]*+(?:[A-Za-z]{{1,20}} ){{0,3}}\b{_MODIFIER}\b", re.I)
 _OPERATOR = rf"(?:or|and|to|more|less|over|plus|minus|times|point|{_MODIFIER})"
 _PER = r"(?: ?/ ?(?:s|h|[a-z]{3,})(?:\^\{?\d\}?)?)?"
+_KNOWN_UNIT = "(?:" + "|".join(sorted(_UNIT_NAMES, key=len, reverse=True)) + ")"
+_SQUARE_UNIT = rf"(?:sq|cu|square|cubic)(?:\. ?| ){_KNOWN_UNIT}\b"
 _UNIT = (
     rf"(?![a-z ]*\b{_OPERATOR}\b)"
-    r"(?:[A-Za-z]{3,}|[ckm]?m(?= ?/)|[ckm]m|[km]?g|ft|in|(?:sq|cu)(?=\.? [A-Za-z]))\.?"
+    rf"(?:{_SQUARE_UNIT}|[A-Za-z]{{3,}}|[ckm]?m(?= ?/)|[ckm]m|[km]?g|ft|in"
+    r"|(?:sq|cu)(?=\.? [A-Za-z]))\.?"
     rf"(?: [A-Za-z]{{2,}}\.?){{0,2}}(?:\^\{{?\d\}}?)?{_PER}"
 )
-_KNOWN_UNIT = "(?:" + "|".join(sorted(_UNIT_NAMES, key=len, reverse=True)) + ")"
-_ATTACHED_UNIT = rf"(?:{_KNOWN_UNIT}|(?!{_SCALE_WORD}|{_MODIFIER}\b)[a-z]{{4,}})"
+_ATTACHED_UNIT = rf"(?:{_SQUARE_UNIT}\.?|{_KNOWN_UNIT}|(?!{_SCALE_WORD}|{_MODIFIER}\b)[a-z]{{4,}})"
 _TRIGONOMETRIC = r"\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{?\d\}?)?"
 
 
@@ -265,6 +272,7 @@ _REWRITE_TABLE = [
     (r"\\varnothing|∅", r"\\emptyset "),
     (r"\\langle\b", "("),
     (r"\\rangle\b", ")"),
+    (r"∨|\\(?:lor|vee)(?![a-z])", " or "),
     ("∞", r"\\infty "),
     ("°", r"^\\circ "),
     # Plain text: powers, functions, unions.
@@ -347,7 +355,9 @@ def by_text(gold: str, answer: str) -> bool | None:
     for pattern in (_UNEVALUATED, _MODIFIED_NUMBER):
         if pattern.search(_plain(answer)) and not pattern.search(_plain(gold)):
             return False
-    return False if _differ_in_case(gold, answer) else None
+    if _has_alternatives(gold, answer) or _differ_in_case(gold, answer):
+        return False
+    return None
 
 
 def _tidy(text: str) -> str:
@@ -455,6 +465,17 @@ def _unit_name(text: str) -> str:
     return "dollar" if re.match(r"\\\$ ?\d", text) else ""
 
 
+def _has_alternatives(gold: str, answer: str) -> bool:
+    """Whether the answer offers alternatives where the gold is the value of each name: "x = 1 or
+    x = 2" is no ordered pair, and "x = 1 or y = 2" gives neither number."""
+    gold, answer = _plain(gold), _plain(answer)
+    parts = _OR.split(answer)
+    if len(parts) == 1 or _OR.search(gold) or _RELATION.search(answer):
+        return False
+    names = {frozenset(_ASSIGNED_NAME.findall(part)) for part in parts} - {frozenset()}
+    return len(names) > 1 or _ONE_TUPLE.fullmatch(gold) is not None
+
+
 def _differ_in_case(gold: str, answer: str) -> bool:
     """Whether one has a variable n where the other has N. Math-Verify does not tell them apart."""
     expected, given = _variables(gold), _variables(answer)
@@ -553,7 +574,7 @@ def _parse(text: str) -> "Basic | None":
     found = parse(f"${_latex(text)}$", whole, parsing_timeout=None)
     if not found or isinstance(found[0], str):
         return None
-    either = re.search(r"\bor\b", text) is not None
+    either = _OR.search(text) is not None
     return _union(found[0]) if either else found[0]
 
 

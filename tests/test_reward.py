@@ -49,7 +49,7 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(workers=1, deadline=2.0) as grader:
+    with Grader(workers=1, deadline=10.0) as grader:
         yield grader
 
 
@@ -237,6 +237,10 @@ x=1200,y=3400 ~ x = 1,200, y = 3,400 ; (1,2,3) ~ (x,y,z)=(1,2,3) ; (3,5) ~ m=3,n
 (1,2),(3,4) ~ x=1,y=2 \text{ or } x=3,y=4 ; x = 1, y = 2, z = 3 ~ 1, 2, 3 ; 6 ~ 3! ; 3:2 ~ 3 : 2
 -34x-45y+20z-100=0 ~ 34x+45y-20z+100=0 ; y=2x+3 ~ 2x-y+3=0 ; (1,4.5) ~ (1,\frac{9}{2})
 \frac{63}{400} ~ 63/400 ; 2\frac58 ~ 2.625 ; .1, 4.0 ~ 0.1, 4 ; 1/3 ~ x = 5+5+1 = 1/3 \approx 11
+1,2 ~ x_1 = 1 or x_2 = 2 ; 1,2 ~ x = 1 \lor x = 2 ; (1,2),(3,4) ~ (1,2) or (3,4)
+x=1 or y=2 ~ y = 2 or x = 1 ; (0,2) ~ 0<x<1 or 1\le x<2 ; (-\infty,1)\cup(2,\infty) ~ x<1 ∨ x>2
+15 ~ 15 sq ; 15 ~ 15 sq m ; 15 ~ 15 sq. m ; 15 ~ 15sq. m ; 15 ~ 15 sq.ft. ; 15 ~ 15 sq.cm
+15 ~ 15 sq cm ; 15 ~ 15 square m ; 15 ~ 15 cu. m ; 15 ~ 15\text{ sq. m} ; 15qs ~ 15sq
 """
 FOREIGN_UNEQUAL = r"""
 50\% ~ \frac{1}{2} ; 0.03 ~ 3\% ; 100 ~ 1\% ; 1 ~ 100\% ; 3 ~ 300\% ; 5\text{ m} ~ 5\%
@@ -251,6 +255,9 @@ x^2+1=0 ~ x^2+1 ; x^2+1=0, y=1 ~ x^2+2=0, y=1 ; x^2+1=0 ~ x=x ; |x|=-1 ~ |x|=-2
 \sin x = 2 ~ \sin x = 3 ; x^2+y^2=-1 ~ x^2+y^2=-2 ; y=2x+1 ~ x=2y+1 ; 5 ~ e^{i\pi} = 5
 2 ~ ∛4 ; (1,2] ~ [0,2] \cap [1,3) ; 15 ~ 15 sq. root ; (0,2) ~ (0,1) ∪ (1,2) ; 15 ~ １６
 5x - 7y + 11z + 4 = 0 ~ x + y - z + 2 = 0 ; \sin(x)=\frac{42}{59} ~ \cos(x)=\frac{42}{59}
+(1,2) ~ x = 1 or y = 2 ; (1,2) ~ x=1 \text{ or } y=2 ; (1,2) ~ x = 1 \vee y = 2 ; (1,2) ~ 1 or 2
+(1,2) ~ x = 1 or x = 2 ; 1,2 ~ x = 1 or y = 2 ; x=1,y=2 ~ x = 1 or y = 2 ; 15 ~ 15 sq root
+15 ~ 15 sq m + 1 ; 15 ~ 15 sq m or 16 sq m ; 15 ~ 15 sq mod 7 ; 15sq ~ 15 ; 15 ~ 15 cubed
 (a+5)(b+2) ~ (+5)(b+2) ; x+2n+1 ~ x+1 ; 33.3 ~ \frac{100}{3} ; 1\\sqrt{19} ~ 1
 """
 
