@@ -8,11 +8,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from test_sandbox import needs_sandbox
 
 import data
 import reward
 from data import Problem
-from grading import sandbox
 from grading.pool import Grader
 from reports.metrics import heldout_metrics, interval, majority, pass_at, summary
 from rollout import Rollout
@@ -65,7 +65,7 @@ def test_heldout_metrics_have_the_reward_of_each_set(grader: Grader) -> None:
     assert "reward/a" not in heldout_metrics(rollouts[:1])
 
 
-@pytest.mark.skipif(bool(sandbox.unavailable()), reason="no sandbox here")
+@needs_sandbox
 def test_programs_earn_one_for_passing_all_tests(tmp_path: Path, grader: Grader) -> None:
     """From a row of a benchmark to rewards, together with a problem that has an answer. A hostile
     program does not change the rewards of the others."""
