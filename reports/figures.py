@@ -505,8 +505,18 @@ def _add_legend(figure: "Figure", caption: str) -> None:
 # ── the program ──────────────────────────────────────────────────────────────────────────────────
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run was evaluated after its last step and has ended. A run writes summary.json also
+    when it ends with an error."""
+    config, summary = folder / "config.json", folder / "summary.json"
+    if not (config.is_file() and summary.is_file()):
+        return False
+    steps = json.loads(config.read_text()).get("steps")
+    return load_records(folder / "evaluations.jsonl")[-1]["step"] == steps
+
+
 def table(folders: Sequence[Path]) -> str:
-    """One row for each run: held-out metrics before and after training, and its seconds."""
+    """One row for each finished run: held-out metrics before and after training, and seconds."""
     columns = {"reward": ("accuracy", 16, ".3f"), "length": ("length", 14, ".1f")}
     columns |= {name: (name, 16, ".3f") for name in ("format", "reflection")}
     headings = [f"{heading:>{width}}" for heading, width, _ in columns.values()]
@@ -534,11 +544,13 @@ class Options:
 
 
 def main() -> None:
-    """Draw each run's figures, compare the runs, and print a table of those that were evaluated."""
+    """Draw each run's figures, compare the runs, and print a table of those that are finished."""
     options = tyro.cli(Options, description=__doc__, prog="python -m reports.figures")
     folders = options.runs
     if not folders:
         sys.exit("reports.figures: expected at least one run folder, such as runs/NAME")
+    if options.out and len(folders) == 1:
+        sys.exit(f"reports.figures: --out {options.out}: has no effect without a second run")
     try:
         arms = group(folders) if len(folders) > 1 else {}  # raises before anything is drawn
         for folder in folders:
@@ -547,10 +559,13 @@ def main() -> None:
             print(_compare_runs(arms, options.out or folders[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"reports.figures: {error}")
-    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
-    evaluated = [folder for folder in finished if load_records(folder / "evaluations.jsonl")]
-    if evaluated:
-        print(table(evaluated))
+    evaluated = [folder for folder in folders if load_records(folder / "evaluations.jsonl")]
+    finished = [folder for folder in evaluated if is_finished(folder)]
+    for folder in evaluated:
+        if folder not in finished:
+            print(f"{folder}: not finished, so not in the table")
+    if finished:
+        print(table(finished))
 
 
 def _compare_runs(arms: dict[str, list[Path]], out: Path) -> Path:

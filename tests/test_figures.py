@@ -24,6 +24,7 @@ def run(folder: Path, seed: int = 0, shift: float = 0.0, **settings: object) -> 
         "model": "tiny",
         "name": folder.name,
         "seed": seed,
+        "steps": 8,
         "lam": 1.0,
         "machine": f"m{seed}",
         "kl_loss": 0.0,
@@ -169,6 +170,19 @@ def test_the_command_compares_and_repeats_byte_for_byte(
     before = [file.read_bytes() for file in files]
     assert call(figures.main, *folders, "--out", tmp_path / "out").code == 0
     assert [file.read_bytes() for file in files] == before
+
+
+def test_the_table_holds_finished_runs_only(tmp_path: Path, call: Callable[..., Ended]) -> None:
+    """A run that goes on has no summary.json; one that died has, and its last evaluation is that of
+    an earlier step."""
+    whole, going_on, died = (run(tmp_path / name) for name in ("whole", "going-on", "died"))
+    (going_on / "summary.json").unlink()
+    write(died / "evaluations.jsonl", EVALUATIONS[:1])
+    for folder in (going_on, died):
+        ended = call(figures.main, folder)
+        assert ended.code == 0
+        assert f"{folder}: not finished" in ended.out and "→" not in ended.out
+    assert "0.000 → 0.800" in call(figures.main, whole).out
 
 
 def test_compare_takes_records_of_any_trainer(tmp_path: Path, texts: dict[str, str]) -> None:
