@@ -210,7 +210,8 @@ class Config(BatchSettings):
     save_rollouts: bool = False
     """Write every iteration's rollouts, token ids included, to the run's rollouts/ folder."""
     replay: str = ""
-    """Train on the rollouts that --save-rollouts left in this folder; nothing is sampled."""
+    """Train on the rollouts that --save-rollouts left in this folder; nothing is sampled, graded or
+    evaluated."""
     plan: bool = False
     """Print memory and time of the run on --gpus GPUs of --gpu-memory GB, and stop."""
     gpus: CountOrNone = 8
@@ -253,17 +254,16 @@ TINY_LONG = TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}
 PRESETS = QWEN | {"tiny": TINY, "tiny-long": TINY_LONG}
 
 
-def parse(argv: Sequence[str], description: str = "") -> Config:
+def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -> Config:
     """Command line → Config: first the preset of `--model`, then the flags given. An unknown flag
-    is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id."""
+    is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id.
+    `description` and `prog`, the name of the program, are for --help and errors."""
     import tyro  # here, because those who only import this module may be without it
 
     model = _flag(argv, "model") or "tiny"
     preset = PRESETS.get(model.removeprefix("Qwen/"), {})
     default = Config(**{"model": model} | preset)
-    cfg = tyro.cli(
-        Config, args=list(argv), default=default, description=description, prog="train.py"
-    )
+    cfg = tyro.cli(Config, args=list(argv), default=default, description=description, prog=prog)
     name = cfg.name or f"{Path(cfg.model).name}-seed{cfg.seed}"
     return replace(cfg, model=hub_id(cfg.model), name=name)
 

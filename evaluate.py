@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,7 +36,17 @@ from transformers import PreTrainedTokenizerBase
 import data
 import distributed
 import preflight
-from config import LARGE, BatchSettings, Count, CountOrNone, PositiveShare, hub_id, validate_ranges
+from config import (
+    LARGE,
+    BatchSettings,
+    Config,
+    Count,
+    CountOrNone,
+    PositiveShare,
+    Sampling,
+    hub_id,
+    validate_ranges,
+)
 from curation import formats
 from curation.files import progress_bar, write_atomically
 from data import Problem
@@ -54,6 +64,7 @@ from rollout import (
     transcript,
 )
 
+MAX_LOGP_GAP = Config.max_logp_gap  # as in training
 FINISH_REASONS = ("stop", "length")  # another one would count as cut off, with reward 0
 
 
@@ -82,6 +93,11 @@ class Evaluation(BatchSettings):
     """Begin again where there are results under other settings."""
     vllm_memory: PositiveShare = 0.85
     """Share of the GPU's memory that vLLM may take; no model trains beside it."""
+
+
+# The settings of --responses.
+OF_RESPONSES = """responses require_boxed grader_workers grader_seconds threads
+    timeout_minutes""".split()
 
 
 def main() -> None:
@@ -114,10 +130,16 @@ def validate_settings(cfg: Evaluation) -> None:
             raise ValueError(
                 "--responses grades without a model; leave out --model and --benchmarks"
             )
+        names = [field.name for field in fields(cfg) if field.name not in OF_RESPONSES]
+        why = "with --responses, which only grades"
+        preflight.refuse_without_effect(cfg, Evaluation(), names, why)
         return
     if not cfg.model or not cfg.benchmarks:
         raise ValueError("pass --model and --benchmarks, or --responses; --help explains them")
     preflight.validate_sampler(cfg)
+    if cfg.engine == "transformers":
+        why = "with --engine transformers"
+        preflight.refuse_without_effect(cfg, Evaluation(), ("vllm_memory",), why)
     if len(cfg.model) > 1 and distributed.world_size() > 1:
         raise ValueError(
             "--model: under torchrun one model a call; calls with one --out share a table"
@@ -146,7 +168,10 @@ def run_benchmarks(cfg: Evaluation, grader: Grader, console: Console) -> None:
             raise ValueError(f"programs cannot be run here: {why}")
     _load_results(cfg.out)
     for model in cfg.model:
-        preflight.model_config(preflight.model_path(hub_id(model), cfg.seed))
+        path = preflight.model_path(hub_id(model), cfg.seed)
+        config = preflight.model_config(path)
+        if not preflight.uses_vllm(cfg):
+            preflight.require_samplable(config, path)
     for model in cfg.model:
         _evaluate_model(cfg, model, sets, grader, console)
     console.print(
@@ -206,8 +231,12 @@ def _evaluate_model(
     fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
     folder = _folder(cfg, model)
     settings = asdict(cfg) | {"model": path}
-    distributed.on_rank0(lambda: _prepare_folder(folder, settings, cfg.overwrite))
+    distributed.on_rank0(lambda: _check_folder(folder, settings, cfg.overwrite))
     sampler = open_sampler(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
+    if isinstance(sampler, HFSampler):
+        prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
+        check_sampler(sampler, path, prompts, min(16, cfg.response_tokens))
+    distributed.on_rank0(lambda: _prepare_folder(folder, settings, cfg.overwrite))
     console.print(f"{model}: responses and results in {folder}")
     for name, problems in fitting.items():
         asked = _Asked(name, problems, sampler, tokenizer)
@@ -217,6 +246,30 @@ def _evaluate_model(
             result["left_out"] = len(chosen[name]) - len(problems)
             _record(folder / "results.json", name, result)
     sampler.close()
+
+
+@torch.inference_mode()
+def check_sampler(
+    sampler: HFSampler, path: str, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> None:
+    """Sample at most `max_tokens` after the shortest and the longest prompt together, and compare
+    their log-probabilities with the model's own, one sequence at a time and without a cache. Raises
+    ValueError when they differ: the padding of the shorter prompt changes its response."""
+    both = [min(prompts, key=len), max(prompts, key=len)]
+    responses = sampler.generate(both, [0, 1], Sampling(max_tokens))
+    gaps = []
+    for prompt, sampled in zip(both, responses, strict=True):
+        count = len(sampled.token_ids)
+        ids = torch.tensor([[*prompt, *sampled.token_ids]], device=sampler.device)
+        logits = sampler.model(ids, use_cache=False, logits_to_keep=count + 1).logits
+        own = logits[0, -count - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, -count:, None])
+        gaps.append(own.flatten().cpu() - torch.tensor(sampled.logprobs))
+    gap = float(torch.cat(gaps).abs().mean())
+    if not gap <= MAX_LOGP_GAP:
+        raise ValueError(
+            f"--model {path}: --engine transformers cannot sample from this model: in a batch its "
+            f"log-probabilities differ by {gap:.3g} nats per token (limit {MAX_LOGP_GAP})"
+        )
 
 
 def _folder(cfg: Evaluation, model: str) -> Path:
@@ -262,9 +315,9 @@ SETTINGS = (
 )
 
 
-def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the model's folder, or accept one that was made under the same settings. Raises
-    ValueError for any other folder that is not empty: what it holds is not an evaluation."""
+def _check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Raise ValueError when the model's folder has results under other settings, or holds what is
+    not an evaluation's."""
     now = {name: settings[name] for name in SETTINGS}
     file = folder / "settings.json"
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
@@ -279,7 +332,14 @@ def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
                 f"{folder} has results under other settings ({differs}); pass another --out or "
                 "--overwrite"
             )
+
+
+def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the model's folder, or keep what `_check_folder` accepted."""
+    file = folder / "settings.json"
+    if file.exists() and not overwrite:
         return
+    now = {name: settings[name] for name in SETTINGS}
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.jsonl"), folder / "results.json"]:
         old.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,7 @@ class Inputs(NamedTuple):
     resume_from: Checkpoint | None
     grader: Grader
     score: Callable[[list[Rollout]], list[Rollout]]  # sets R, see reward.score
+    made: Sequence[Path] = ()  # the run's folder and its parents, as far as they are new
 
 
 class _Files(NamedTuple):
@@ -57,6 +59,7 @@ class _Files(NamedTuple):
     problems: list[Problem]
     eval_problems: list[Problem]
     resume_from: Checkpoint | None
+    made: Sequence[Path] = ()
 
 
 def prepare(cfg: Config) -> Inputs:
@@ -80,6 +83,7 @@ def prepare(cfg: Config) -> Inputs:
         resume_from=files.resume_from,
         grader=grader,
         score=partial(score, grader=grader, custom_reward=custom_reward),
+        made=files.made,
     )
 
 
@@ -118,12 +122,23 @@ def validate_numbers(cfg: Config) -> None:
 def validate_sampler(cfg: BatchSettings) -> None:
     """Refuse a sampler that is not installed, or that the ranks cannot share; evaluate.py, too."""
     ranks = distributed.world_size()
+    if cfg.tensor_parallel > 1 and cfg.engine == "transformers":
+        raise ValueError(
+            f"--tensor-parallel {cfg.tensor_parallel}: only vLLM shares a model over ranks; pass "
+            "--engine vllm or --tensor-parallel 1"
+        )
     why = f"does not divide the {ranks} ranks; start with torchrun"
     _require(ranks % cfg.tensor_parallel == 0, cfg, "tensor_parallel", why)
     if cfg.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError(
             "--engine vllm: vLLM is not installed here; install it, or pass --engine transformers"
         )
+
+
+def uses_vllm(cfg: BatchSettings) -> bool:
+    """Whether `rollout.open_sampler` opens vLLM."""
+    has_vllm = torch.cuda.is_available() and find_spec("vllm") is not None
+    return cfg.engine == "vllm" or (cfg.engine == "auto" and has_vllm)
 
 
 def _require(condition: bool, cfg: BatchSettings, name: str, why: str) -> None:
@@ -133,33 +148,67 @@ def _require(condition: bool, cfg: BatchSettings, name: str, why: str) -> None:
 
 # Without a critic, GAE or the reward that it spreads over the tokens, these change nothing.
 NEEDS_CRITIC = ("gamma", "lam", "kl_reward", "value_clip", "value_head", "init_critic")
+# A replay grades and evaluates nothing.
+NEEDS_GRADING = (
+    "eval_data",
+    "eval_every",
+    "eval_samples",
+    "reward",
+    "require_boxed",
+    "grader_seconds",
+)
 
 
 def _validate_effects(cfg: Config) -> None:
     """Refuse settings that a user would believe in and that change nothing beside the others.
 
-    The number and the learning rate of the critic's steps are accepted without a critic: two runs
-    that compare GRPO with GAE may share them.
+    Accepted without an effect is what two runs that are compared may share: without a critic the
+    number and the learning rate of its steps; in a replay the problems and the sampler of the run
+    that saved the rollouts.
     """
-    default = Config()
+    refuse = partial(refuse_without_effect, cfg, Config())
     if cfg.advantage == "grpo":
-        for name in NEEDS_CRITIC:
-            why = (
-                "has no effect with --advantage grpo, which has no critic and no GAE; leave it out"
-            )
-            if name == "kl_reward":
-                why += ", or use --kl-loss"
-            _require(getattr(cfg, name) == getattr(default, name), cfg, name, why)
+        instead = "; use --kl-loss" if cfg.kl_reward else ""
+        refuse(NEEDS_CRITIC, f"with --advantage grpo, which has no critic and no GAE{instead}")
+    if cfg.replay:
+        refuse(NEEDS_GRADING, "with --replay, which grades and evaluates nothing")
+    if cfg.reward:
+        refuse(("require_boxed", "grader_seconds"), "with --reward, which calls no grader")
+    if cfg.engine == "transformers":
+        refuse(("vllm_memory",), "with --engine transformers")
+    if cfg.init_critic:
+        refuse(("value_head",), "with --init-critic, which has one")
+    if cfg.policy_steps == 1:
+        refuse(("clip_eps",), "without --policy-steps: one step is strictly on-policy")
     if not cfg.anneal_steps:
-        why = "has no effect without --anneal-steps"
-        _require(cfg.anneal_to == default.anneal_to, cfg, "anneal_to", why)
+        refuse(("anneal_to",), "without --anneal-steps")
     if not (cfg.kl_loss or cfg.kl_reward):
-        why = "has no effect without --kl-loss or --kl-reward"
-        _require(cfg.kl_estimator == default.kl_estimator, cfg, "kl_estimator", why)
+        refuse(("kl_estimator",), "without --kl-loss or --kl-reward")
     if not (cfg.eval_data or cfg.model in tiny.TASKS):
-        for name in ("eval_every", "eval_samples"):
-            why = "has no effect without --eval-data"
-            _require(getattr(cfg, name) == getattr(default, name), cfg, name, why)
+        refuse(("eval_every", "eval_samples"), "without --eval-data")
+    if not cfg.keep_rollouts:
+        refuse(("keep_tokens",), "with --keep-rollouts 0")
+    if not cfg.checkpoint_every:
+        refuse(("keep_checkpoints",), "with --checkpoint-every 0")
+    if not torch.cuda.is_available():
+        refuse(("offload",), "without a GPU")
+    if not cfg.plan:
+        refuse(("gpus", "gpu_memory"), "without --plan")
+
+
+def refuse_without_effect(settings: Any, default: Any, names: Sequence[str], why: str) -> None:
+    """Raise ValueError when some of these settings are not the default's: the message names all of
+    them with their values, and says that they have no effect `why`."""
+    given = []
+    for name in names:
+        value = getattr(settings, name)
+        if value != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else [value]
+            given.append(flag if value is True else " ".join([flag, *map(str, values)]))
+    if given:
+        verb = "has" if len(given) == 1 else "have"
+        raise ValueError(f"{', '.join(given)}: {verb} no effect {why}; leave it out")
 
 
 def _validate_choices(cfg: Config) -> None:
@@ -182,9 +231,22 @@ def _validate_choices(cfg: Config) -> None:
 
 def _read_files(cfg: Config, grader: Grader) -> _Files:
     """Take the run folder for this process; then find the checkpoint, and read and check the
-    model's files and problems."""
-    with claim_folder(_run_folder(cfg)):
-        return _read_files_for(cfg, grader)
+    model's files and problems. A refusal leaves no folder that was not there before."""
+    folder = _run_folder(cfg)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with claim_folder(folder):
+            return _read_files_for(cfg, grader)._replace(made=made)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of these folders that are empty, in this order."""
+    for folder in folders:
+        with suppress(OSError):  # not empty: this run or another one has begun there
+            folder.rmdir()
 
 
 def _read_files_for(cfg: Config, grader: Grader) -> _Files:
@@ -438,6 +500,23 @@ def _first_line(error: Exception) -> str:
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 SPARSE_LAYERS = {"indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse"}
+
+
+def require_samplable(config: Any, path: str) -> None:
+    """Raise ValueError, which names the type and the reason, for models that the transformers
+    sampler would sample from wrongly: it pads prompts on the left, and gives the model a key-value
+    cache. `evaluate.check_sampler` sees the rest when the weights are loaded."""
+    layers = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    why = ""
+    if layers - SPARSE_LAYERS or AutoModelForCausalLM._model_mapping[type(config)]._is_stateful:
+        why = "it carries a state from token to token, also from the padding before a prompt"
+    elif layers:
+        why = f"its layers of type {', '.join(sorted(layers))} need a cache of their own"
+    if why:
+        raise ValueError(
+            f"--model {path}: --engine transformers cannot sample from a {config.model_type} "
+            f"model: {why}"
+        )
 
 
 def require_trainable(config: Any, longest: int, path: str, with_critic: bool = True) -> None:

@@ -10,7 +10,8 @@ Qwen2.5 model has the paper's settings by default, the tiny model its own.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
 from hf_sampler import HFSampler
 from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
-from preflight import Inputs, prepare
+from preflight import Inputs, prepare, remove_empty
 from reports.log import RunLog, draw_run
 from reports.metrics import explained_variance, heldout_metrics, mean, rollout_metrics
 from rollout import (
@@ -113,11 +114,26 @@ def train(cfg: Config, inputs: Inputs) -> Path:
 # ── before the loop ───────────────────────────────────────────────────────────────────────────────
 
 
+class Refusal(ValueError):
+    """Why a run cannot start, in one line: `main` prints it without a traceback."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A ValueError inside is about what is loaded: it becomes a Refusal."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(str(error)) from error
+
+
+@refusing()
 def start_sampler(cfg: Config, inputs: Inputs) -> Sampler:
     """The sampler; on a GPU vLLM sleeps until it gets the policy's weights."""
     return open_sampler(cfg, inputs.model_path, inputs.tokenizer, inputs.eos, asleep=True)
 
 
+@refusing()
 def load_models(cfg: Config, path: str) -> Models:
     """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for
     KL."""
@@ -403,9 +419,9 @@ def save_models(cfg: Config, models: Models, inputs: Inputs, folder: Path) -> No
 
 
 def main() -> None:
-    """Command line. What can be refused before the run is refused in one line; a later error keeps
-    its traceback."""
-    cfg = parse(sys.argv[1:], description=__doc__)
+    """Command line. What can be refused before the first step is refused in one line, as is a loss
+    that is not finite and a file that cannot be written; any other error keeps its traceback."""
+    cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
@@ -423,7 +439,8 @@ def main() -> None:
         sys.exit(f"train.py: {error}" if distributed.rank() == 0 else 1)
     try:
         folder = train(cfg, inputs)
-    except (FloatingPointError, OSError, ValueError) as error:  # perhaps on one rank alone
+    except (Refusal, FloatingPointError, OSError) as error:  # perhaps on one rank alone
+        remove_empty(inputs.made)
         where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
         sys.exit(f"train.py: {where}{error}")
     if distributed.rank() == 0:

@@ -35,7 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,7 +134,7 @@ class Recipe:
     """Number of responses that count_field counts among; 1 if the field is a share."""
     rollouts: tuple[str, ...] = ()
     """Files or folders of graded responses, to count right answers in: JSON lines of a run's
-    rollouts or of an evaluation."""
+    rollouts or of an evaluation. Where a problem has responses, its count_field is not used."""
     min_rate: Share = 0.0
     """Remove problems with a pass rate at or below this; 0: never solved (§2.1.1, which does not
     give its thresholds)."""
@@ -169,10 +169,24 @@ def check(cfg: Recipe) -> None:
     tasks = [spec.partition(":")[0] for spec in cfg.synthesize]
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--synthesize {' '.join(cfg.synthesize)}: name each task once")
+    if not cfg.inputs:
+        _refuse_filters(cfg)
+    if not cfg.synthesize and cfg.seed != Recipe.seed:
+        raise ValueError(f"--seed {cfg.seed}: has no effect without --synthesize")
     if cfg.embeddings and not Path(cfg.embeddings).is_dir():
         raise ValueError(f"--embeddings {cfg.embeddings}: no such folder")
     _check_rates(cfg)
     _check_out(cfg)
+
+
+def _refuse_filters(cfg: Recipe) -> None:
+    """Raise ValueError for settings that look at inputs; generated problems are only graded."""
+    of_generated = ("inputs", "out", "gold", "synthesize", "seed", "workers")
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name not in of_generated and value != field.default:
+            flag = f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}"
+            raise ValueError(f"{flag}: has no effect without inputs")
 
 
 def _check_rates(cfg: Recipe) -> None:
@@ -251,10 +265,11 @@ def read_rows(
 def read_inputs(cfg: Recipe, on_bad_row: Callable[[Removal], None]) -> Iterator[Row]:
     """The rows of all inputs, with the pass rates that `--rollouts` gives.
 
-    Raises ValueError as `read_rows` does, and for two inputs with files of one name: the source of
-    a problem must be unique.
+    Raises ValueError as `read_rows` does, for two inputs with files of one name, since the source
+    of a problem must be unique, and for rollouts that answer none of the inputs' questions.
     """
     counts = filters.count_rollouts(cfg.rollouts)
+    matched = False
     source_of_file: dict[str, str] = {}
     for source in cfg.inputs:
         bad_rows = on_bad_row if cfg.drop_bad_rows else None
@@ -265,8 +280,13 @@ def read_inputs(cfg: Recipe, on_bad_row: Callable[[Removal], None]) -> Iterator[
                 raise ValueError(f"{source}: {first} has a file {file}, too; rename one")
             count = counts.get(row.question.strip())
             if count is not None:
+                matched = True
                 row = row._replace(right=count[0], out_of=count[1])
             yield row
+    if counts and not matched:
+        raise ValueError(
+            f"--rollouts {' '.join(cfg.rollouts)}: no response is to a question of the inputs"
+        )
 
 
 def _file_of(place: str) -> str:

@@ -31,7 +31,7 @@ import transformers
 import tyro
 
 import train
-from config import Config, parse
+from config import Config, Processes, parse, validate_ranges
 from curation.files import write_atomically
 from experiments.claims import ARMS, CLAIMS, MODEL, RATES, SEEDS, SWEEP_SEED
 from experiments.measure import measure, value_of_repetition
@@ -212,13 +212,17 @@ class Options:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="CLAIM ...", help=f"all, or names of {', '.join(CLAIMS)}"),
     ]
-    workers: int = 2
+    workers: Processes = 2
     """Runs at a time; each takes one core."""
 
 
 def main() -> None:
     """Run the arms of the claims that are named."""
     options = tyro.cli(Options, description=__doc__, prog="python -m experiments.run")
+    try:
+        validate_ranges(options)
+    except ValueError as error:
+        sys.exit(f"experiments.run: {error}")
     unknown = [name for name in options.claims if name not in (*CLAIMS, "all")]
     if unknown or not options.claims:
         found = ", ".join(unknown) or "nothing"

@@ -19,10 +19,17 @@ import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import Ended, write_orz
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
@@ -64,6 +71,7 @@ NAMES = {
     "figures": "reports.figures",
     "page": "reports.page",
     "run": "experiments.run",
+    "tiny": "toy.tiny",
 }
 # Flags that are right, to which a row adds its bad one.
 RIGHT = {
@@ -76,7 +84,10 @@ RIGHT = {
     "responses": "--responses RECORDED",
     "ask": "1+1=? --model MODEL --response-tokens 4",
     "curate": "--workers 1 GOOD",
+    "curate-generated": "--workers 1 --synthesize gcd:2",
 }
+# Keys of RIGHT that are other ways to call a program.
+PROGRAM_OF = {"plan-a-run": "train", "responses": "evaluate", "curate-generated": "curate"}
 
 
 class Row(NamedTuple):
@@ -337,8 +348,37 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
         n_embd=64, n_layer=1, n_head=2, vocab_size=qwen.vocab_size, num_labels=1, pad_token_id=0
     )
     GPT2ForSequenceClassification(gpt2).save_pretrained(folder / "gpt2-critic")
-    for name in ("critic", "narrow-critic", "gpt2-critic"):
+    MambaForCausalLM(small(MambaConfig, tokenizer)).save_pretrained(folder / "mamba")
+    small(MambaConfig, tokenizer).save_pretrained(folder / "mamba-critic")
+    head = {"score.weight": torch.zeros(1, 64)}
+    save_file(head, folder / "mamba-critic" / "model.safetensors")
+    BertLMHeadModel(small(BertConfig, tokenizer)).save_pretrained(folder / "bert")
+    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert"):
         tokenizer.save_pretrained(folder / name)
+    (copied("no-weights") / "model.safetensors").unlink()
+    few = load_file(model / "model.safetensors")
+    del few["model.norm.weight"]
+    save_file(few, copied("few-weights") / "model.safetensors", {"format": "pt"})
+    (copied("no-eos") / "generation_config.json").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (folder / "no-eos" / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"eos_token": None})
+    )
+
+
+def small(config: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """A configuration of two small layers."""
+    return config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer) + 3,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def make_replays(folder: Path) -> None:
@@ -411,6 +451,8 @@ SETTINGS = {
     "evaluate": Evaluation,
     "ask": ask.Question,
     "curate": curate.Recipe,
+    "run": run.Options,
+    "tiny": tiny.Settings,
 }
 
 
@@ -481,10 +523,20 @@ ROWS = [
     Row("train", "--advantage grpo --init-critic CRITIC", "has no effect with --advantage grpo"),
     Row("train", "--anneal-to 1e-9", "--anneal-to 1e-09: has no effect without --anneal-steps"),
     Row("train", "--kl-estimator k1", "--kl-estimator k1: has no effect without --kl-loss"),
+    Row("train", "--clip-eps 0.3", "--clip-eps 0.3: has no effect without --policy-steps"),
+    Row("train", "--init-critic CRITIC --value-head zeros", "has no effect with --init-critic"),
+    Row("train", "--reward math:sqrt --require-boxed", "--require-boxed: has no effect with"),
+    Row("train", "--reward math:sqrt --grader-seconds 1", "has no effect with --reward"),
+    Row("train", "--vllm-memory 0.3", "--vllm-memory 0.3: has no effect with --engine"),
+    Row("train", "--keep-rollouts 0 --keep-tokens 2", "--keep-tokens 2: has no effect with"),
+    Row("train", "--checkpoint-every 0 --keep-checkpoints 3", "--keep-checkpoints 3: has no"),
+    Row("train", "--offload", "--offload: has no effect without a GPU"),
+    Row("train", "--gpus 4 --gpu-memory 40", "--gpus 4, --gpu-memory 40.0: have no effect without"),
     Row("train", "--eval-every 3", "--eval-every 3: has no effect without --eval-data"),
     Row("train", "--eval-samples 3", "--eval-samples 3: has no effect without --eval-data"),
     Row("train", "--replicas 2", "--replicas 2: does not divide the 1 ranks"),
-    Row("train", "--tensor-parallel 3", "--tensor-parallel 3: does not divide the 1 ranks"),
+    Row("train", "--tensor-parallel 3", "--tensor-parallel 3: only vLLM shares a model"),
+    Row("train", "--engine auto --tensor-parallel 3", "--tensor-parallel 3: does not divide the 1"),
     Row("train", "--overwrite --resume auto", "pass one of them"),
     Row("train", "--reward none", "--reward none: expected module:function"),
     Row("train", "--reward no.such:thing", "--reward no.such:thing: expected module:function"),
@@ -525,6 +577,8 @@ ROWS = [
     Row("train", "--model WEIGHTS-EMPTY", "its weights cannot be read"),
     Row("evaluate", "--model WEIGHTS-CUT", "its weights cannot be read"),
     Row("ask", "--model WEIGHTS-TEXT", "its weights cannot be read"),
+    Row("train", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("train", "--model NO-WEIGHTS", "no-weights"),
     Row("train", "--model T5-MODEL", "a t5 model is not a causal language model"),
     Row("evaluate", "--model T5-MODEL", "a t5 model is not a causal language model"),
     Row("ask", "--model T5-MODEL", "a t5 model is not a causal language model"),
@@ -560,6 +614,15 @@ ROWS = [
     Row("train", "--replay REPLAY/whole --samples 8 --advantage grpo", "--samples 8"),
     Row("train", "--replay REPLAY/whole --samples 3 --advantage grpo", "--samples 3"),
     Row("train", "--replay REPLAY/whole --prompts 9 --critic-steps 20", "--critic-steps 20"),
+    Row("train", "--replay REPLAY/whole --eval-data GOOD", "has no effect with --replay"),
+    Row(
+        "train",
+        "--replay REPLAY/whole --eval-data GOOD --eval-every 2 --eval-samples 3",
+        "--eval-every 2, --eval-samples 3: have no effect with --replay, which grades",
+    ),
+    Row("train", "--replay REPLAY/whole --reward math:sqrt", "--reward math:sqrt: has no effect"),
+    Row("train", "--replay REPLAY/whole --require-boxed", "--require-boxed: has no effect with"),
+    Row("train", "--replay REPLAY/whole --grader-seconds 1", "has no effect with --replay"),
     # --plan
     Row("plan-a-run", "--micro-tokens 1", "--micro-tokens 1: cannot hold one sequence"),
     Row("plan-a-run", "--gpu-memory nan", "--gpu-memory nan: must be a finite number"),
@@ -573,7 +636,18 @@ ROWS = [
     Row("plan-a-run", "--advantage grpo --samples 1", "it needs at least 2"),
     Row("plan-a-run", "--critic-steps 99", "are only 16 responses"),
     # evaluate.py
-    Row("evaluate", "--tensor-parallel 2", "does not divide the 1 ranks"),
+    Row("evaluate", "--engine auto --tensor-parallel 2", "does not divide the 1 ranks"),
+    Row("evaluate", "--tensor-parallel 2", "--tensor-parallel 2: only vLLM shares a model"),
+    Row("evaluate", "--vllm-memory 0.3", "--vllm-memory 0.3: has no effect with --engine"),
+    Row("evaluate", "--model MAMBA", "cannot sample from a mamba model: it carries a state"),
+    Row("evaluate", "--model BERT", "--engine transformers cannot sample from this model"),
+    Row("evaluate", "--model NO-WEIGHTS", "no-weights"),
+    Row("responses", "--responses BAD/graded.jsonl --samples 4", "--samples 4: has no effect with"),
+    Row(
+        "responses",
+        "--responses BAD/graded.jsonl --limit 5 --out x --overwrite",
+        "--limit 5, --out x, --overwrite: have no effect with --responses",
+    ),
     Row("evaluate", "--responses RECORDED", "leave out --model and --benchmarks"),
     Row("evaluate", "--response-tokens 9000", "over the 1024 positions"),
     Row("evaluate", "--model MODEL MODEL", "both write"),
@@ -593,6 +667,11 @@ ROWS = [
         for name, (_, line) in RECORDED.items()
     ],
     # tools.ask
+    Row("ask", "--temperature 0 --top-p 0.9", "--top-p 0.9: has no effect with --temperature 0"),
+    Row("ask", "--temperature 0 --seed 3", "--seed 3: has no effect with --temperature 0"),
+    Row("ask", "--model MAMBA --critic MAMBA-CRITIC", "cannot train a mamba model: it carries"),
+    Row("ask", "--model NO-WEIGHTS", "no-weights"),
+    Row("ask", "--model NO-EOS", "names an end-of-sequence token"),
     Row("ask", "--temperature 101", "--temperature 101.0: must not be above 100"),
     Row("ask", "--top-p 1.5", "--top-p 1.5: must not be above 1"),
     Row("ask", "--model absent/model", "not a folder or hub id with a readable model"),
@@ -622,7 +701,14 @@ ROWS = [
     Row("curate", "--synthesize gcd:0", "--synthesize gcd:0: expected name:count"),
     Row("curate", "--synthesize gcd:1 gcd:2", "name each task once"),
     Row("curate", "--against GOOD", "no problem stays; nothing is written"),
-    # figures, pages, experiments
+    Row("curate", "--rollouts BAD/graded.jsonl", "no response is to a question of the inputs"),
+    Row("curate", "--seed 3", "--seed 3: has no effect without --synthesize"),
+    Row("curate-generated", "--against GOOD", "--against: has no effect without inputs"),
+    Row("curate-generated", "--no-exact", "--no-exact: has no effect without inputs"),
+    # figures, pages, experiments, the toy
+    Row("figures", "RUN --out x", "--out x: has no effect without a second run"),
+    Row("tiny", "--out MODEL", "is not empty; name a new folder"),
+    Row("tiny", "--out GOOD", "good.json"),
     Row("figures", "absent-run", "absent-run"),
     Row("figures", "RUN-METRICS", "metrics.jsonl: line 1: not JSON"),
     Row("figures", "RUN-NO-METRICS", "run-no-metrics"),
@@ -694,7 +780,6 @@ def refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str, str], Ended]:
     """Call a program in an empty folder, and check that it leaves it as it was."""
-    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for module in (preflight, evaluate, curate):
@@ -703,8 +788,7 @@ def refused(
     def refused(program: str, flags: str) -> Ended:
         before = contents(tmp_path)
         words = [bench.path(word) for word in f"{RIGHT.get(program, '')} {flags}".split()]
-        main = {"plan-a-run": "train", "responses": "evaluate"}.get(program, program)
-        done = call(PROGRAMS[main], *words)
+        done = call(PROGRAMS[PROGRAM_OF.get(program, program)], *words)
         assert done.code != 0, done.out
         assert contents(tmp_path) == before
         return done
@@ -740,9 +824,36 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     done = refused(row.program, row.flags)
     (line,) = done.err.splitlines()
-    program = {"plan-a-run": "train", "responses": "evaluate"}.get(row.program, row.program)
+    program = PROGRAM_OF.get(row.program, row.program)
     assert line.startswith(f"{NAMES[program]}: ")
     assert row.line in line
+
+
+def test_an_error_in_a_step_keeps_its_traceback(
+    bench: Bench, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError that is no refusal is not printed as one."""
+
+    def wrong(*_: object) -> None:
+        raise ValueError("shapes differ")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "update_critic", wrong)
+    words = [bench.path(word) for word in RIGHT["train"].split()]
+    with pytest.raises(ValueError, match="shapes differ") as error:
+        call(train.main, *words, "--steps", 1)
+    assert not isinstance(error.value, train.Refusal)
+
+
+def test_a_refused_run_leaves_the_folders_of_others(
+    bench: Bench, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "other").mkdir(parents=True)
+    words = [bench.path(word) for word in f"{RIGHT['train']} --prompts 9".split()]
+    assert call(train.main, *words, "--runs", "a").code != 0
+    assert call(train.main, *words, "--runs", "a/b/c").code != 0
+    assert list(contents(tmp_path)) == [str(tmp_path / "a"), str(tmp_path / "a" / "other")]
 
 
 @pytest.mark.parametrize(("program", "flags"), USAGE)
@@ -782,4 +893,4 @@ def test_a_bad_input_to_a_process(
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{program}: ") and expected in line
-    assert not [path for path in contents(tmp_path) if not path.endswith("/runs")]
+    assert not contents(tmp_path)

@@ -56,17 +56,27 @@ def main() -> None:
     try:
         validate_ranges(settings)
         config = preflight.model_config(path)
+        if not settings.temperature:
+            names, why = ("top_p", "seed"), "with --temperature 0, which draws nothing"
+            preflight.refuse_without_effect(settings, Question(question=""), names, why)
+        longest = len(data.prompt("")) + len(settings.question) + settings.response_tokens
         if settings.critic:
             preflight.check_critic("--critic", settings.critic, config)
-        longest = len(data.prompt("")) + len(settings.question) + settings.response_tokens
+            preflight.require_trainable(config, longest, path)  # V(s_t) is read as in training
         positions = getattr(config, "max_position_embeddings", None) or longest
         tokenizer = preflight.load_tokenizer(path)
+        eos = preflight.eos_ids(path, tokenizer)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
+        model = load_model(path, settings.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"tools.ask: {error}")
-    response = answer(settings, path, tokenizer, problem, positions)
+    response = answer(settings, model, tokenizer, eos, problem, positions)
+    del model  # the critic takes its place
     if settings.critic:
-        show_values(settings.critic, settings.dtype, tokenizer, response)
+        try:
+            show_values(settings.critic, settings.dtype, tokenizer, response)
+        except (ValueError, OSError) as error:  # its weights are not those of its architecture
+            sys.exit(f"tools.ask: {error}")
     final = extract(response.text)
     if final:
         print(f"\nanswer: {final}")
@@ -94,15 +104,14 @@ def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens
 
 def answer(
     settings: Question,
-    path: str,
+    model: transformers.PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    eos: list[int],
     problem: Problem,
     positions: int,
 ) -> Rollout:
     """Sample one response with transformers, and print it as it is generated. Prompt and response
     together have at most `positions` tokens."""
-    model = load_model(path, settings.dtype)
-    eos = preflight.eos_ids(path, tokenizer)
     prompt = torch.tensor([problem.prompt_ids], device=model.device)
     sampling = {"do_sample": False}
     if settings.temperature:

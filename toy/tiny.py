@@ -38,6 +38,7 @@ import math
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -51,6 +52,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from config import Seed, validate_ranges
 from data import TEMPLATE
 
 TRAIN_PROBLEMS, HELDOUT_PROBLEMS = 20_000, 1_024
@@ -455,7 +457,7 @@ class Settings:
 
     name: Literal["tiny", "tiny-long"] = "tiny"
     """The task."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the problems, the corpus and the initial weights."""
     out: str = ""
     """Folder to write; none: a cached folder under .cache."""
@@ -466,11 +468,17 @@ def main() -> None:
     import tyro  # here, because those who only import this module may be without it
 
     settings = tyro.cli(Settings, description=__doc__, prog="python -m toy.tiny")
-    if settings.out:
-        folder = Path(settings.out)
-        make(folder, settings.seed, task=TASKS[settings.name])
-    else:
-        folder = ensure(settings.seed, name=settings.name)
+    try:
+        validate_ranges(settings)
+        if settings.out:
+            folder = Path(settings.out)
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"--out {folder}: is not empty; name a new folder")
+            make(folder, settings.seed, task=TASKS[settings.name])
+        else:
+            folder = ensure(settings.seed, name=settings.name)
+    except (ValueError, OSError) as error:
+        sys.exit(f"toy.tiny: {error}")
     print(folder)
 
 
