@@ -5,9 +5,11 @@
 Makes rows from the problems in `ORZ_DATA` (the authors' rows, MATH, GSM8K). First each problem is
 used as it is. Then each is used again with its numbers changed and another gold, as a new problem;
 one in twenty is a copy instead, which should be found: only its first sentence is moved to the end.
+The heading stays in front, since a number in the middle of a text is a number of the problem.
 
 Prints the table of the passes, the seconds, the CPU seconds of all processes, rows per second, the
-peak memory of the main process and of the largest worker, and the share of copies removed.
+peak memory of the main process and of the largest worker, and the share of copies removed, by the
+file that they copy.
 """
 
 import json
@@ -33,6 +35,12 @@ FILES = (
     "gsm8k/train.jsonl",
 )
 COPY_SHARE = 0.05
+# What contests put in front of a problem: a headline, "Problem 5.", "5.3.", "[18]", "(7 points)".
+HEADING = re.compile(
+    r"\s*(?:#+[^\n]*\n\s*|(?:#\s*)?(?:problem|task|example|exercise|question) [\w.-]*\d\.?\s+"
+    r"|(?:#\s*)?\d+(?:\.\d+)*[.)]\s+|\[\d+\]\s+|\(\d+ points?\)\s*)*",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class Settings:
     """Number of rows to curate (§2.1.1: 129k)."""
 
 
-def read_originals(folder: Path) -> list[tuple[str, str]]:
-    """(question, answer) of all readable rows of FILES."""
+def read_originals(folder: Path) -> list[tuple[str, str, str]]:
+    """(question, answer, file) of all readable rows of FILES."""
     originals = []
     for file in FILES:
         for _, item in formats.rows(folder / file):
@@ -52,17 +60,16 @@ def read_originals(folder: Path) -> list[tuple[str, str]]:
                 question, answer = formats.question_answer(item)
             except ValueError:
                 continue
-            # Without the problem's number: a copy would move it into the middle.
-            originals.append((re.sub(r"^\s*\d+\.\s", "", question), answer))
+            originals.append((question, answer, file))
     return originals
 
 
 def make_rows(
-    originals: list[tuple[str, str]], count: int, rng: random.Random
-) -> Iterator[dict[str, str | bool]]:
-    """`count` rows; `copy` marks those that repeat an original."""
+    originals: list[tuple[str, str, str]], count: int, rng: random.Random
+) -> Iterator[dict[str, str]]:
+    """`count` rows; `copy_of` is the file of the original that a row repeats, else ""."""
     for k in range(count):
-        question, answer = originals[k % len(originals)]
+        question, answer, file = originals[k % len(originals)]
         is_copy = False
         if k >= len(originals):
             is_copy = rng.random() < COPY_SHARE
@@ -71,12 +78,14 @@ def make_rows(
             else:
                 question = with_other_numbers(question, rng)
                 answer = str(rng.randint(0, 10**6))
-        yield {"question": question, "answer": answer, "copy": is_copy}
+        copy_of = file if is_copy else ""
+        yield {"question": question, "answer": answer, "copy_of": copy_of}
 
 
 def first_sentence_last(question: str) -> str:
-    sentences = re.split(r"(?<=[a-z$][.?]) (?=[A-Z])", question)
-    return " ".join(sentences[1:] + sentences[:1])
+    heading = HEADING.match(question)[0]
+    sentences = re.split(r"(?<=[a-z$][.?]) (?=[A-Z])", question[len(heading) :])
+    return heading + " ".join(sentences[1:] + sentences[:1])
 
 
 def with_other_numbers(question: str, rng: random.Random) -> str:
@@ -98,22 +107,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "rows.jsonl")
         out = Path(folder, "problems.jsonl")
-        copies = set()  # places of the rows that should be removed
+        copies = {}  # place of each row that should be removed → the file that it copies
         with source.open("w") as file:
             rows = make_rows(read_originals(Path(data)), cfg.rows, random.Random(0))
             for number, row in enumerate(rows, 1):
                 file.write(json.dumps(row) + "\n")
-                if row["copy"]:
-                    copies.add(f"rows.jsonl:{number}")
+                if row["copy_of"]:
+                    copies[f"rows.jsonl:{number}"] = row["copy_of"]
         start = time.monotonic()
         curate.main([str(source), "--out", str(out), "--drop-bad-rows"])
         seconds = time.monotonic() - start
         with out.open() as file:
             kept = {json.loads(line)["source"] for line in file}
     print_usage(cfg.rows, seconds)
-    if copies:
-        removed_share = 1 - len(copies & kept) / len(copies)
-        print(f"{removed_share:.4f} of {len(copies):,} copies removed")
+    print_recall(copies, kept)
+
+
+def print_recall(copies: dict[str, str], kept: set[str]) -> None:
+    """The share of copies removed: of those of each file, and of all."""
+    for file in [*FILES, "all files"]:
+        places = [place for place, name in copies.items() if file in (name, "all files")]
+        if places:
+            removed = sum(place not in kept for place in places)
+            print(f"{removed / len(places):.4f} of {len(places):,} copies removed: {file}")
 
 
 def print_usage(num_rows: int, seconds: float) -> None:

@@ -94,7 +94,12 @@ _SYMBOLS = {
     "²": "^2",
     "³": "^3",
 }
-_FORMULA = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
+_FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]", re.S)
+# Between two dollar signs: a word before another one, or after an amount, outside \text{…}.
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]{2,},?\s+(?:[a-z]{2,}|\d)|^\d[\d,.]*\s+[A-Za-z]{2,}[^\\]*\s$"
+)
+_TEXT_COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox|operatorname\*?)\s*\{[^{}]*\}")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _CAPITALS = re.compile(r"(?<![\\A-Za-z])[A-Z]{2,5}(?![A-Za-z])")
 # With at most two levels of braces in numerator and denominator.
@@ -164,7 +169,7 @@ def clauses(question: str) -> list[list[str]]:
     >>> clauses(r"7. Let $AB=\dfrac12$. Find $\left( 1,\!000 \right)x^{2}$.")
     [['let', 'a', 'b', '=', '1', '/', '2'], ['find', '(', '1000', ')', 'x', '^', '2']]
     """
-    text = _FORMULA.sub(lambda formula: _LETTERS.sub(_spaced, formula[0]), question)
+    text = _spaced_formulas(question)
     text = _CAPITALS.sub(_spaced, text)
     text = text.translate(str.maketrans(_SYMBOLS))
     text = re.sub(r"\]\([^)]*\)", "]()", text)
@@ -178,6 +183,26 @@ def clauses(question: str) -> list[list[str]]:
         else:
             found[-1].append(_NUMBER_WORDS.get(token, token))
     return [clause for clause in found if clause]
+
+
+def _spaced_formulas(question: str) -> str:
+    r"""The question with a space between the letters of formulas.
+
+    A dollar sign may also be a currency sign: no formula starts at the first one of "$3 for each
+    box and $5". Otherwise the words between two prices would become single letters.
+
+    >>> _spaced_formulas("If $AB=2$, it costs $30 for each of us and $ab$ more.")
+    'If $A B=2$, it costs $30 for each of us and $a b$ more.'
+    """
+    text = re.sub(r"(\\\\)|\\\$", r"\1 ", question).replace("$$", "$")
+    text = _FORMULA.sub(lambda formula: _LETTERS.sub(_spaced, formula[0]), text)
+    parts = text.split("$")
+    opened = False
+    for at, part in enumerate(parts[1:-1], 1):
+        opened = not opened and _PROSE.search(_TEXT_COMMAND.sub("", part)) is None
+        if opened:
+            parts[at] = _LETTERS.sub(_spaced, part)
+    return "$".join(parts)
 
 
 def _spaced(letters: re.Match) -> str:

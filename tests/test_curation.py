@@ -624,6 +624,20 @@ def test_a_fraction_in_a_line_is_the_same_fraction(grader: Grader) -> None:
     assert found(rows, [Row("b:1", text % ("1/28", "$(a+1)/7$"), "725")], grader) == 0
 
 
+def test_a_price_opens_no_formula(grader: Grader) -> None:
+    """Otherwise its dollar sign makes one of the words that follow, up to the next price."""
+    price = "June has $%d for supplies. She buys four books at $20 each, and six pens at $10 each."
+    question = " How much does she spend on pens?"
+    rows = [Row("a:1", price % 500 + question, "60")]
+    first, _, rest = (price % 500 + question).partition(" She")
+    assert found(rows, [Row("b:1", f"She{rest} {first}", "60")], grader) == 1
+    assert found(rows, [Row("b:1", price % 501 + question, "60")], grader) == 0
+    jags = r"Bill can buy jags and jogs for $\$1$ and $\$7$ each. %s Find $ABC$ of $\triangle ABC$."
+    moved = r"Find $ABC$ of $\triangle ABC$. Bill can buy jags and jogs for \$1 and \$7 each. %s"
+    rows = [Row("a:1", jags % "He spends exactly $50$.", "6")]
+    assert found(rows, [Row("b:1", moved % "He spends exactly $50$.", "6")], grader) == 1
+
+
 def test_numbers_inside_a_drawing_tell_problems_apart(grader: Grader) -> None:
     text = 'Find $x$. [asy]size(%d); draw((0,0)--(%s,1)); label("$%d$",(0,1),N);[/asy]'
     rows = [Row("a:1", text % (100, "3", 4), "5")]
