@@ -24,6 +24,7 @@ hold where Math-Verify alone accepts too little or too much:
 | also several of them | `(-\infty,1]\cup(2,3)`, `x ≤ 1 or 2 < x < 3` | `(0,1)`, `x > 0 or x < 1` |
 | set operations are computed | `(1,2]`, `[0,2] \cap (1,3)` | `(1,2]`, `[0,2) \cap (1,3)` |
 | words after a number are dropped | `1320`, `1320 km`; `48`, `48 cupcakes` | `48`, `48 or more` |
+| known units after π, √ or a fraction | `6\pi`, `6\pi cm^2` | `6\pi`, `6 cm^2` |
 | without a space: words, known units | `10`, `10weeks`; `5`, `5cm` | `10`, `10ab`; `5d`, `5c` |
 | units may be abbreviated | `15`, `15 sq. m`; `5`, `5 ft.` | `15`, `51 sq. m`; `15`, `15 sq root` |
 | not words that change the number | `1`, `1 hour` | `1`, `1 third`; `5`, `5\text{ squared}` |
@@ -164,6 +165,7 @@ _UNIT_SPELLINGS = [  # the last spelling of each line is the unit's name
     "cents cent",
     "dollars dollar",
     "percentage percent",
+    "rad radians radian",
 ]
 _UNIT_NAMES = {
     spelling: spellings.split()[-1]
@@ -203,6 +205,17 @@ _UNIT = (
     rf"(?: [A-Za-z]{{2,}}\.?){{0,2}}(?:\^\{{?\d\}}?)?{_PER}"
 )
 _ATTACHED_UNIT = rf"(?:{_SQUARE_UNIT}\.?|{_KNOWN_UNIT}|(?!{_SCALE_WORD}|{_MODIFIER}\b)[a-z]{{4,}})"
+# After a fraction, a root or π: known units of two letters or more, as in 6π cm^2, 1 1/2 hours.
+_ROOT_OR_PI = r"(?:(?:√|\\sqrt) ?\{?\d+\}?(?: ?(?:\\pi|π))?|\\pi|π)"
+_NUMBER = (
+    r"[-+]?(?:(?:\d+ )?\d+/\d+|\d* ?\\[dt]?frac\{[^{}]+\}\{\d+\}"
+    rf"|[\d.]* ?{_ROOT_OR_PI}(?:/\d+)?)"
+)
+_LONG_UNIT = (
+    "(?:"
+    + "|".join(sorted((name for name in _UNIT_NAMES if len(name) > 1), key=len, reverse=True))
+    + ")"
+)
 _TRIGONOMETRIC = r"\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{?\d\}?)?"
 
 
@@ -286,6 +299,7 @@ _REWRITE_TABLE = [
         rf"^([-+]?\d[\d.,]*(?: {_SCALE_WORD})*)(?: (?!{_SCALE_WORD}){_UNIT}| ?{_ATTACHED_UNIT}) ?$",
         r"\1",
     ),
+    (rf"^({_NUMBER}) +{_LONG_UNIT}(?:\^\{{?\d\}}?)?\.?$", r"\1"),
     (rf"(?<=\d) ?(?:\\text\{{ ?)?({_SCALE_WORD}(?: {_SCALE_WORD})*)[ }}]*", _scale),
     (rf"^([-+]?\d[\d.,]*)(?!{_KNOWN_UNIT}$|[gsh]$)([A-Za-z]{{1,3}})$", r"\1{\2}"),
     (r"^[-+]?\d{1,3}(?: \d{3})+$", lambda match: match[0].replace(" ", "")),
@@ -456,7 +470,9 @@ def _outer_bracket(text: str) -> str:
 
 def _unit_name(text: str) -> str:
     match = re.search(
-        r"\d[ ~\\,{}]*(?:\\(?:text|mathrm|mbox)\{[ ~]*)?([A-Za-z]+)[ .}$]*(?:\^\{?\d\}?)?$", text
+        r"(?:\d|\\pi(?![a-z])|π)[ ~\\,{}]*(?:\\(?:text|mathrm|mbox)\{[ ~]*)?"
+        r"([A-Za-z]+)[ .}$]*(?:\^\{?\d\}?)?$",
+        text,
     )
     if match:
         return _UNIT_NAMES.get(match[1].lower(), "")

@@ -240,6 +240,8 @@ x=1200,y=3400 ~ x = 1,200, y = 3,400 ; (1,2,3) ~ (x,y,z)=(1,2,3) ; (3,5) ~ m=3,n
 1,2 ~ x_1 = 1 or x_2 = 2 ; 1,2 ~ x = 1 \lor x = 2 ; (1,2),(3,4) ~ (1,2) or (3,4)
 x=1 or y=2 ~ y = 2 or x = 1 ; (0,2) ~ 0<x<1 or 1\le x<2 ; (-\infty,1)\cup(2,\infty) ~ x<1 ∨ x>2
 15 ~ 15 sq ; 15 ~ 15 sq m ; 15 ~ 15 sq. m ; 15 ~ 15sq. m ; 15 ~ 15 sq.ft. ; 15 ~ 15 sq.cm
+6\pi ~ 6\pi cm^2 ; 6\pi ~ 6π cm ; 2\sqrt{3} ~ 2\sqrt{3} cm^2 ; \frac{\pi}{2} ~ π/2 rad
+\frac{5}{2} ~ 2 1/2 hours ; \frac{\pi}{2} ~ \frac{\pi}{2} radians
 15 ~ 15 sq cm ; 15 ~ 15 square m ; 15 ~ 15 cu. m ; 15 ~ 15\text{ sq. m} ; 15qs ~ 15sq
 """
 FOREIGN_UNEQUAL = r"""
@@ -257,6 +259,7 @@ x^2+1=0 ~ x^2+1 ; x^2+1=0, y=1 ~ x^2+2=0, y=1 ; x^2+1=0 ~ x=x ; |x|=-1 ~ |x|=-2
 5x - 7y + 11z + 4 = 0 ~ x + y - z + 2 = 0 ; \sin(x)=\frac{42}{59} ~ \cos(x)=\frac{42}{59}
 (1,2) ~ x = 1 or y = 2 ; (1,2) ~ x=1 \text{ or } y=2 ; (1,2) ~ x = 1 \vee y = 2 ; (1,2) ~ 1 or 2
 (1,2) ~ x = 1 or x = 2 ; 1,2 ~ x = 1 or y = 2 ; x=1,y=2 ~ x = 1 or y = 2 ; 15 ~ 15 sq root
+6\pi ~ 5\pi cm^2 ; 6\pi ~ 6 cm^2 ; 2 ~ 2 1/2 hours ; 36 ~ 12 3 cm ; 6\pi\text{ cm} ~ 6\pi km
 15 ~ 15 sq m + 1 ; 15 ~ 15 sq m or 16 sq m ; 15 ~ 15 sq mod 7 ; 15sq ~ 15 ; 15 ~ 15 cubed
 (a+5)(b+2) ~ (+5)(b+2) ; x+2n+1 ~ x+1 ; 33.3 ~ \frac{100}{3} ; 1\\sqrt{19} ~ 1
 """
