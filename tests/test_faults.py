@@ -325,6 +325,12 @@ def test_a_full_disk_at_the_export(
 # ── held-out sets that change, and results of earlier attempts ────────────────────────────────────
 
 
+def without(flags: list[str], flag: str) -> list[str]:
+    """The flags, but for one and its value."""
+    at = flags.index(flag)
+    return flags[:at] + flags[at + 2 :]
+
+
 def changed_sets(flags: list[str]) -> dict[str, list[str]]:
     data = Path(flags[3])
     items = json.loads(data.read_text())
@@ -332,13 +338,11 @@ def changed_sets(flags: list[str]) -> dict[str, list[str]]:
     other.write_text(json.dumps(items[2:7]))
     new = data.with_name("new.json")
     new.write_text(json.dumps(items[6:]))
-    at = flags.index("--eval-data")
-    without = flags[:at] + flags[at + 2 :]
-    every = without.index("--eval-every")
+    no_sets = without(flags, "--eval-data")
     return {
-        "none": without[:every] + without[every + 2 :],
-        "other": [*without, "--eval-data", str(other)],
-        "new": [*without, "--eval-data", str(new)],
+        "none": without(no_sets, "--eval-every"),
+        "other": [*no_sets, "--eval-data", str(other)],
+        "new": [*no_sets, "--eval-data", str(new)],
         "samples": [*flags, "--eval-samples", "2"],
     }
 
@@ -481,6 +485,8 @@ def test_inputs_in_the_run_folder_are_refused(
 def test_rollouts_to_replay_in_the_run_folder_are_refused(flags: list[str]) -> None:
     folder = run(flags, "--name", "saved", "--save-rollouts", "--steps", "1")
     before = contents(folder)
+    for flag in ("--reward", "--eval-data", "--eval-every"):  # of no effect with --replay: refused
+        flags = without(flags, flag)
     more = ("--overwrite", "--steps", "1", "--replay", str(folder / "rollouts"))
     assert "is in the run's own folder" in refusal(flags, "--name", "saved", *more)
     assert contents(folder) == before
