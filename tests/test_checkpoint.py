@@ -3,6 +3,7 @@ are one line. rollout.py: saved rollouts can be trained on again."""
 
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,37 @@ def test_training_continues_while_a_checkpoint_is_written(
     loaded = trained_policy(model_folder)
     checkpoint.load_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-1"), loaded)
     assert all(torch.equal(t, before[name]) for name, t in named_tensors(loaded).items())
+
+
+def test_a_repeated_signal_is_one_request(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun passes on the signal that its ranks got, too. A signal much later acts at once."""
+    acted: list[int] = []
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: acted.append(number))
+        with (
+            pytest.raises(SystemExit) as ended,
+            Checkpoints(tmp_path, Config(checkpoint_every=0), trained_policy(model_folder)) as kept,
+        ):
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+                clock[0] += 0.05
+            kept.step(1, last=False, records=[])
+        signal.raise_signal(signal.SIGTERM)  # while the process ends
+        assert not acted
+        clock[0] += checkpoint.REPEATS
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert acted == [signal.SIGTERM]
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in by_step(tmp_path)] == ["step-1"]
 
 
 def test_a_full_disk_is_reported_and_the_older_checkpoint_kept(
