@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -843,6 +843,29 @@ def test_an_error_in_a_step_keeps_its_traceback(
     with pytest.raises(ValueError, match="shapes differ") as error:
         call(train.main, *words, "--steps", 1)
     assert not isinstance(error.value, train.Refusal)
+
+
+def test_an_error_of_a_reward_of_your_own_says_so(
+    bench: Bench, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OSError, too, which otherwise is about the run's own files. The traceback is of the
+    function; the last line names it, the problem and the error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reads.py").write_text("def f(response, problem):\n    open('absent')\n")
+
+    def finished(*given: Any) -> list[Rollout]:
+        return [replace(r, finish_reason="stop") for r in sample(*given)]
+
+    sample = train.sample_responses
+    monkeypatch.setattr(train, "sample_responses", finished)
+    words = [bench.path(word) for word in RIGHT["train"].split()]
+    done = call(train.main, *words, "--reward", "reads:f", "--runs", "runs")
+    assert done.code == 1
+    *before, last = done.err.splitlines()
+    assert last.startswith("train.py: --reward reads:f raised FileNotFoundError: ")
+    assert "good.json:" in last
+    assert "    open('absent')" in before
 
 
 def test_a_refused_run_leaves_the_folders_of_others(
