@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicLayer, PreTrainedTokenizerBase
 
 import data
+import hf_sampler
 from config import STOP, Config, Sampling
 from data import Problem
 from hf_sampler import HFSampler, sample_token
@@ -207,6 +208,24 @@ def test_responses_end_where_they_should(
             assert r.token_ids[-1] == tokenizer.eos_token_id
             ends.add("eos")
     assert ends == {"stop string", "eos", "length"}
+
+
+def test_growing_buffers_change_no_bit(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens and log-probabilities are those of transformers' own cache, which appends by copying,
+    and of a mask of truth values; also when responses leave the batch and buffers grow twice."""
+    sampler = open_sampler("transformers", base_folder, tokenizer)
+    prompts = [p.prompt_ids for p in problems[:4] for _ in range(4)]
+    sampling = Sampling(3 * max(map(len, prompts)))
+    grown = sampler.generate(prompts, range(16), sampling)
+    monkeypatch.setattr(hf_sampler, "GrowingLayer", DynamicLayer)
+    monkeypatch.setattr(hf_sampler, "additive", lambda mask, dtype: mask[:, None, None])
+    assert sampler.generate(prompts, range(16), sampling) == grown
+    assert len({len(r.token_ids) for r in grown}) > 4
 
 
 def test_sampled_tokens_follow_the_distribution() -> None:
