@@ -104,8 +104,9 @@ class Config(BatchSettings):
     those of a size. Where the authors' code differs from the paper, the field says so."""
 
     model: str = "tiny"
-    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, which is made here in
-    under two minutes; or `tiny-long`, the test bed of the experiments."""
+    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, whose base model
+    is in toy/base for seed 0 and made in two minutes for others; or `tiny-long`, the test bed of
+    the experiments."""
     data: str = ""
     """Training problems: a file in the authors' form, JSON lines with question and answer, a hub
     id, or any other layout that curation/formats.py knows. `tiny` brings its own."""
