@@ -482,6 +482,27 @@ def changed_settings(resume_from: Checkpoint, config: Any) -> dict[str, tuple[An
     return {name: (then[name], now[name]) for name in names if then[name] != now[name]}
 
 
+# Settings that only decide which weights a run begins with.
+OF_THE_START = ("value_head", "init_critic")
+
+
+def without_effect(resume_from: Checkpoint, config: Any) -> dict[str, str]:
+    """Why settings that differ from the checkpoint's change nothing in a run that goes on from it:
+    name → reason."""
+    changed = changed_settings(resume_from, config)
+    done = resume_from.about["step"]
+    if done >= config.steps:
+        return dict.fromkeys(changed, "nothing is left to train")
+    reasons = dict.fromkeys(OF_THE_START, "the weights are the checkpoint's")
+    if not (config.kl_loss or config.kl_reward):  # otherwise --model is the reference, too
+        reasons["model"] = "the weights are the checkpoint's"
+    for role in ("policy", "critic"):
+        name = f"{role}_lr_warmup"
+        if max(changed.get(name, (0,))) <= done * getattr(config, f"{role}_steps"):
+            reasons[name] = "the warm-up is over"
+    return {name: reason for name, reason in reasons.items() if name in changed}
+
+
 def load_checkpoint(resume_from: Checkpoint | None, trained: Trained) -> int:
     """Fill weights and optimizer states, on any number of ranks, whatever number saved them.
     Returns the number of iterations done; 0 without a checkpoint. Raises OSError when the

@@ -297,6 +297,10 @@ def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
     check_folder(run, cfg.overwrite, resume=cfg.resume == "auto", same_run=same_run)
     replaced = [run / "policy", run / "critic"] if same_run else [run]
     _require_inputs_outside(cfg, replaced)
+    if resume_from:
+        changed = checkpoint.changed_settings(resume_from, cfg).keys() & checkpoint.OF_THE_START
+        why = f"with --resume: the critic is that of {resume_from.path}"
+        refuse_without_effect(cfg, Config(), sorted(changed), why)
     return resume_from
 
 

@@ -1,10 +1,12 @@
 """checkpoint.py: checkpoints are complete or absent, other programs load the exports, and refusals
 are one line. rollout.py: saved rollouts can be trained on again."""
 
+import json
 import resource
 import shutil
 import signal
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,42 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(
     message = refusal(flags, "--name", "whole")
     assert "is not empty" in message
     assert "--resume auto" in message
+
+
+def test_settings_that_only_count_at_the_start(
+    flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on has its critic already."""
+    older = ("--resume", str(whole / "checkpoints" / "step-3"))
+    for name, value in (("value-head", "zeros"), ("init-critic", str(whole / "critic"))):
+        message = refusal(flags, *older, f"--{name}", value)
+        assert message.startswith(f"--{name} {value}: has no effect with --resume: the critic is")
+    last = ("--resume", str(whole / "checkpoints" / f"step-{STEPS}"))
+    run(flags, "--name", "at-the-end", *last, "--policy-lr", "1e-4")
+    said = capsys.readouterr().out
+    assert "policy_lr 0.001 → 0.0001 (no effect: nothing is left to train)" in said
+
+
+def test_changed_settings_without_an_effect() -> None:
+    """What may have changed for a good reason is no error: a folder that moved, a flag left out."""
+
+    def reasons(step: int, then: Config, **now: Any) -> dict[str, str]:
+        settings = json.loads(json.dumps(asdict(then)))
+        saved = checkpoint.Checkpoint(Path("step"), {"step": step, "settings": settings})
+        return checkpoint.without_effect(saved, replace(then, **now))
+
+    base = Config(critic_steps=3, critic_lr_warmup=9)
+    assert reasons(3, base, temperature=0.5, anneal_steps=9) == {}
+    assert reasons(2, base, critic_lr_warmup=1) == {}
+    assert reasons(3, base, critic_lr_warmup=10) == {}
+    assert reasons(3, base, critic_lr_warmup=1) == {"critic_lr_warmup": "the warm-up is over"}
+    of_checkpoint = "the weights are the checkpoint's"
+    assert reasons(1, base, model="moved") == {"model": of_checkpoint}
+    assert reasons(1, replace(base, kl_loss=0.1), model="moved") == {}
+    assert reasons(1, replace(base, init_critic="x"), init_critic="") == {
+        "init_critic": of_checkpoint
+    }
+    assert reasons(1000, base, lam=0.9) == {"lam": "nothing is left to train"}
 
 
 def trained_policy(folder: Path) -> Trained:

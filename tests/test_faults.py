@@ -41,6 +41,11 @@ def reward(response: str, problem: Problem) -> float:
     return float(len(response) % 2 == 0)
 
 
+def other_reward(response: str, problem: Problem) -> float:
+    """Another one."""
+    return float(len(response) % 3 == 0)
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> list:
     """A run of a tenth of a second a step, with held-out problems and a checkpoint a step."""
@@ -367,6 +372,20 @@ def test_resuming_with_other_held_out_problems(
             assert f"other held-out problems than at the start; {both} in both" in said
     train.draw_run(damaged)
     assert "report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", ["1", "2"])
+def test_the_closing_table_begins_where_the_reward_changed(
+    flags: list[str], damaged: Path, every: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run resumed after step 4, evaluated after 5 and 6, or only after 6."""
+    capsys.readouterr()
+    go_on(flags, "--reward", "test_faults:other_reward", "--eval-every", every)
+    said = capsys.readouterr().out
+    changed = "since the start reward 'test_faults:reward' → 'test_faults:other_reward': "
+    shown = "before is after 5 steps" if every == "1" else "nothing to compare with"
+    assert changed + shown in said
+    assert ("before" in said.replace(shown, "")) == (every == "1")
 
 
 def test_a_damaged_held_out_file_is_only_said(
