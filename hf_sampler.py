@@ -19,10 +19,12 @@ from transformers import (
     Cache,
     DynamicLayer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from config import Sampling
+from distributed import load_whole
 
 
 class SampledTokens(NamedTuple):
@@ -97,12 +99,9 @@ class HFSampler:
         max_num_seqs: int,
     ) -> None:
         self.dtype = getattr(torch, dtype)
-        self.attention = attention_for(AutoConfig.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self.dtype, attn_implementation=self.attention
-        )
-        self.model = model.to(device).eval()
+        self.model = load_for_sampling(path, self.dtype).to(device)
         config = self.model.config
+        self.attention = config._attn_implementation
         windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
         self.window = min((w for w in windows if w), default=math.inf)
         self.tokenizer = tokenizer
@@ -248,6 +247,18 @@ class HFSampler:
         return tail[-1] in self.eos or any(s in text for s in stop)
 
 
+def load_for_sampling(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model that computes logits and nothing beside them. Raises ValueError when
+    the folder does not hold it whole (`distributed.load_whole`)."""
+    attention = attention_for(AutoConfig.from_pretrained(path))
+    model = load_whole(
+        AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention
+    ).eval()
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for a loss of the experts' router
+    return model
+
+
 def attention_for(config: PreTrainedConfig) -> str:
     """The attention that computes all that a model asks for: "sdpa", or "eager" for soft-capped
     scores, which transformers leaves out of "sdpa" without a word, and for models without it."""
@@ -286,4 +297,5 @@ def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[T
     cumulative = logp.double().exp_().cumsum_(-1)
     target = (uniform * cumulative[:, -1])[:, None]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    token = token.clamp(max=logits.shape[-1] - 1)  # NaN is beyond all; its log-probability is NaN
     return token, logp.gather(-1, token[:, None]).squeeze(-1)

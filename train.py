@@ -173,11 +173,22 @@ def require_same_logprobs(cfg: Config, policy: Policy, rollouts: Sequence[Rollou
     num_samplers = min(distributed.world_size() // cfg.tensor_parallel, len(by_response))
     by_sampler = [torch.cat(by_response[s::num_samplers]).mean() for s in range(num_samplers)]
     gap = max(map(float, by_sampler))
+    if gaps.isnan().any():  # max() may pass over NaN
+        raise RuntimeError(_why_nan(policy, logp_sampler))
     if not gap <= cfg.max_logp_gap:
         raise RuntimeError(
             f"sampler and trainer differ by {gap:.3g} nats per token (limit --max-logp-gap "
             f"{cfg.max_logp_gap}): the sampler does not hold the policy's weights"
         )
+
+
+def _why_nan(policy: Policy, logp_sampler: Tensor) -> str:
+    """Why sampler and trainer cannot be compared."""
+    name = distributed.weight_not_finite(policy.model)
+    if name:
+        return f"the policy's weight {name} holds NaN or infinite numbers"
+    who = "sampler's" if logp_sampler.isnan().any() else "trainer's"
+    return f"the {who} log-probabilities are NaN: numbers in the model are too large"
 
 
 # ── the stages of a step ──────────────────────────────────────────────────────────────────────────

@@ -159,7 +159,7 @@ def our_inputs(run: Run, curve: Curve) -> Any:
     from transformers import AutoTokenizer
 
     from data import Problem
-    from preflight import Inputs, eos_ids
+    from preflight import Inputs, eos_ids, model_config
     from rollout import Rollout
 
     def score(rollouts: list[Rollout]) -> list[Rollout]:
@@ -176,7 +176,7 @@ def our_inputs(run: Run, curve: Curve) -> Any:
     return Inputs(
         model_path=run.folder,
         tokenizer=tokenizer,
-        eos=eos_ids(run.folder, tokenizer),
+        eos=eos_ids(run.folder, tokenizer, model_config(run.folder).vocab_size),
         problems=problems,
         eval_problems=[],
         resume_from=None,

@@ -107,7 +107,10 @@ WORKING: dict[str, tuple[dict[str, Any], str]] = {
     "olmo": ({}, ""),
     "olmo2": ({}, ""),
     "olmo3": (ONE_WINDOW, "windows"),
-    "olmoe": ({"num_experts": 4, "sliding_window": None} | EXPERTS, "experts; no critic class"),
+    "olmoe": (
+        {"num_experts": 4, "sliding_window": None, "output_router_logits": True} | EXPERTS,
+        "experts; no critic class",
+    ),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 64}, "absolute positions"),
     "persimmon": ({}, ""),
     "phi": ({}, "head with a bias"),

@@ -356,14 +356,45 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert"):
         tokenizer.save_pretrained(folder / name)
     (copied("no-weights") / "model.safetensors").unlink()
-    few = load_file(model / "model.safetensors")
-    del few["model.norm.weight"]
-    save_file(few, copied("few-weights") / "model.safetensors", {"format": "pt"})
+    make_wrong_weights(model, copied)
+    make_wrong_settings(model, copied)
     (copied("no-eos") / "generation_config.json").unlink()
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (folder / "no-eos" / "tokenizer_config.json").write_text(
         json.dumps(settings | {"eos_token": None})
     )
+
+
+def make_wrong_weights(model: Path, copied: Callable[..., Path]) -> None:
+    """Weights that are missing, left over, not finite, or tied by the configuration alone."""
+    weights = load_file(model / "model.safetensors")
+    norm, embedding = weights["model.norm.weight"], weights["model.embed_tokens.weight"]
+    changes = {
+        "few-weights": {"model.norm.weight": None},
+        "more-weights": {"model.layers.9.mlp.up_proj.weight": norm.clone()},
+        "nan-weights": {"model.norm.weight": norm.index_fill(0, torch.tensor(3), torch.nan)},
+        "infinite-weights": {"model.norm.weight": norm.index_fill(0, torch.tensor(3), torch.inf)},
+        "two-heads": {"lm_head.weight": embedding.flip(0)},
+    }
+    for name, change in changes.items():
+        changed = {key: tensor for key, tensor in (weights | change).items() if tensor is not None}
+        save_file(changed, copied(name) / "model.safetensors", {"format": "pt"})
+
+
+def make_wrong_settings(model: Path, copied: Callable[..., Path]) -> None:
+    """Folders that lack a small file, or whose small files promise what the model does not have."""
+    (copied("no-config") / "config.json").unlink()
+    copied("a-run/policy")
+    for file in copied("no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    copied("generation-cut", "generation_config.json", "{")
+    for name, file, change in (
+        ("eos-outside", "generation_config.json", {"eos_token_id": [1, 10**5]}),
+        ("eos-text", "generation_config.json", {"eos_token_id": "</s>"}),
+        ("quantized", "config.json", {"quantization_config": {"quant_method": "awq", "bits": 4}}),
+    ):
+        settings = json.loads((model / file).read_text()) | change
+        copied(name, file, json.dumps(settings))
 
 
 def small(config: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -578,6 +609,29 @@ ROWS = [
     Row("evaluate", "--model WEIGHTS-CUT", "its weights cannot be read"),
     Row("ask", "--model WEIGHTS-TEXT", "its weights cannot be read"),
     Row("train", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("evaluate", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("ask", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("evaluate", "--model MORE-WEIGHTS", "model.layers.9.mlp.up_proj.weight is not part of"),
+    Row("ask", "--model MORE-WEIGHTS", "model.layers.9.mlp.up_proj.weight is not part of"),
+    Row("train", "--model NAN-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("evaluate", "--model NAN-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("ask", "--model INFINITE-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("train", "--model TWO-HEADS", "ties lm_head.weight to model.embed_tokens.weight, but"),
+    Row("evaluate", "--model TWO-HEADS", "ties lm_head.weight to model.embed_tokens.weight, but"),
+    Row("train", "--model NO-CONFIG", "(the folder has no config.json)"),
+    Row("evaluate", "--model A-RUN", "(it is a run's folder; its model is "),
+    Row("train", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("evaluate", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("ask", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("train", "--model EOS-OUTSIDE", "token 100000 is not one of the model's"),
+    Row("evaluate", "--model EOS-OUTSIDE", "token 100000 is not one of the model's"),
+    Row("ask", "--model EOS-TEXT", "token '</s>' is not one of the model's"),
+    Row("train", "--model GENERATION-CUT", "its generation_config.json cannot be read"),
+    Row("train", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("evaluate", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("ask", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("evaluate", "--model SMALL-VOCABULARY", "its tokenizer has"),
+    Row("ask", "--model SMALL-VOCABULARY", "its tokenizer has"),
     Row("train", "--model NO-WEIGHTS", "no-weights"),
     Row("train", "--model T5-MODEL", "a t5 model is not a causal language model"),
     Row("evaluate", "--model T5-MODEL", "a t5 model is not a causal language model"),
@@ -710,6 +764,8 @@ ROWS = [
     Row("tiny", "--out MODEL", "is not empty; name a new folder"),
     Row("tiny", "--out GOOD", "good.json"),
     Row("figures", "absent-run", "absent-run"),
+    Row("figures", "RUN RUN-NO-CONFIG", "run-no-config: not a run folder, it has no config.json"),
+    Row("figures", "RUN RUN-CONFIG", "config.json: not JSON"),
     Row("figures", "RUN-METRICS", "metrics.jsonl: line 1: not JSON"),
     Row("figures", "RUN-NO-METRICS", "run-no-metrics"),
     Row("page", "absent-run", "absent-run: not a run folder"),
@@ -827,6 +883,15 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(
     program = PROGRAM_OF.get(row.program, row.program)
     assert line.startswith(f"{NAMES[program]}: ")
     assert row.line in line
+
+
+def test_held_out_problems_that_are_trained_on_are_counted(
+    refused: Callable[[str, str], Ended],
+) -> None:
+    """The run itself is refused for another reason, so that nothing is trained."""
+    done = refused("train", "--eval-data GOOD --prompts 9")
+    assert "good.json: 8 of its 8 problems are in --data" in done.out
+    assert "WARNING" not in refused("train", "--eval-data BAD/few.json --prompts 9").out
 
 
 def test_an_error_in_a_step_keeps_its_traceback(
