@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class Range(NamedTuple):
@@ -272,9 +272,11 @@ def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -
 def validate_ranges(settings: Any) -> None:
     """Refuse numbers that a setting of any program cannot have: ValueError with flag and value."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        values = [getattr(settings, name)]
+        if get_origin(hint) is tuple:  # of any length: the range is that of each value
+            values, hint = values[0], get_args(hint)[0]
         allowed = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)]
-        if allowed:
-            value = getattr(settings, name)
+        for value in values if allowed else ():
             why = _outside(value, hint.__origin__, allowed[0])
             if why:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")

@@ -40,6 +40,7 @@ import config
 import evaluate
 import preflight
 import train
+from benchmarks import vs_trl
 from config import Range
 from curation import curate
 from data import Problem
@@ -61,6 +62,7 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "page": page.main,
     "run": run.main,
     "tiny": tiny.main,
+    "vs_trl": vs_trl.main,
 }
 # What its lines begin with.
 NAMES = {
@@ -72,6 +74,7 @@ NAMES = {
     "page": "reports.page",
     "run": "experiments.run",
     "tiny": "toy.tiny",
+    "vs_trl": "benchmarks.vs_trl",
 }
 # Flags that are right, to which a row adds its bad one.
 RIGHT = {
@@ -484,6 +487,7 @@ SETTINGS = {
     "curate": curate.Recipe,
     "run": run.Options,
     "tiny": tiny.Settings,
+    "vs_trl": vs_trl.Settings,
 }
 
 
@@ -775,6 +779,11 @@ ROWS = [
     Row("page", "RUN-EVALUATIONS", "evaluations.jsonl: line 1: not JSON"),
     Row("page", "RUN-ROLLOUTS", "rollouts.jsonl: line 1: not JSON"),
     Row("page", "RUN-SUMMARY", "summary.json: not JSON"),
+    Row("vs_trl", "--lengths", "--lengths: pass at least one"),
+    Row("vs_trl", "--lengths 8 0", "--lengths 0: must be above 0"),
+    Row("vs_trl", "--lengths 8 1001", "--lengths 1001: must not be above 1000"),
+    Row("vs_trl", "--lengths 8 8", "--lengths 8 8: one of them occurs twice"),
+    Row("vs_trl", "--episodes 650", "--episodes 650: must be a multiple of 32"),
     Row("run", "", "expected all, or of"),
     Row("run", "nonsense", "found nonsense"),
     Row("run", "all nonsense", "found nonsense"),
