@@ -407,6 +407,9 @@ def _check_replay(cfg: Config, vocab_size: int) -> None:
         _require(whole or cfg.advantage != "grpo", cfg, "samples", why)
 
 
+ROUNDING = 1e-4  # what a kernel's log-probability of a certain token may be above 0
+
+
 def _unusable(r: Rollout, micro_tokens: int, vocab_size: int) -> str:
     """Why a saved rollout cannot be trained on; "" if it can."""
     ids = [*r.problem.prompt_ids, *r.token_ids]
@@ -416,6 +419,13 @@ def _unusable(r: Rollout, micro_tokens: int, vocab_size: int) -> str:
         return f"has an id that is not one of the model's {vocab_size}"
     if len(r.logprobs) != len(r.token_ids) or not all(map(_is_finite, [r.reward, *r.logprobs])):
         return "reward and logprobs must be finite numbers, one log-probability for each id"
+    if max(r.logprobs) > ROUNDING:
+        return f"has the log-probability {max(r.logprobs)}; none is above 0"
+    if r.finish_reason not in ("stop", "length"):
+        return f"finish: expected stop or length, found {r.finish_reason!r:.60}"
+    texts = (r.problem.source, r.problem.question, r.problem.answer, r.text, r.answer)
+    if not all(isinstance(text, str) for text in texts):
+        return "problem, question, gold, response and answer must be texts"
     if len(ids) > micro_tokens:
         return f"has {len(ids)} tokens, over --micro-tokens {micro_tokens}"
     return ""

@@ -434,6 +434,10 @@ def make_replays(folder: Path) -> None:
         "nan-reward": {"reward": float("nan")},
         "text-reward": {"reward": "1"},
         "text-tokens": {"tokens": "two"},
+        "above-zero": {"logprobs": [-1.0, 0.5]},
+        "abort": {"finish": "abort"},
+        "no-finish": {"finish": None},
+        "list-response": {"response": ["x"]},
         "long": {"ids": [5] * 600, "logprobs": [-1.0] * 600, "tokens": 600},
     }
     for name, change in changes.items():
@@ -668,6 +672,10 @@ ROWS = [
     Row("train", "--replay REPLAY/nan-reward", "line 16: reward and logprobs must be"),
     Row("train", "--replay REPLAY/text-reward", "line 16: reward and logprobs must be"),
     Row("train", "--replay REPLAY/text-tokens", "step-1.jsonl"),
+    Row("train", "--replay REPLAY/above-zero", "line 16: has the log-probability 0.5; none is"),
+    Row("train", "--replay REPLAY/abort", "finish: expected stop or length, found 'abort'"),
+    Row("train", "--replay REPLAY/no-finish", "step-1.jsonl: line 16: finish: expected stop or"),
+    Row("train", "--replay REPLAY/list-response", "line 16: problem, question, gold, response"),
     Row("train", "--replay REPLAY/long", "line 16: has 602 tokens, over --micro-tokens 512"),
     Row("train", "--replay REPLAY/whole --samples 8 --advantage grpo", "--samples 8"),
     Row("train", "--replay REPLAY/whole --samples 3 --advantage grpo", "--samples 3"),
