@@ -289,7 +289,13 @@ def check_sampler(
     their log-probabilities with the model's own, one sequence at a time and without a cache. Raises
     ValueError when they differ: the padding of the shorter prompt changes its response."""
     both = [min(prompts, key=len), max(prompts, key=len)]
-    responses = sampler.generate(both, [0, 1], Sampling(max_tokens))
+    refusal = f"--model {path}: --engine transformers cannot sample from this model: "
+    try:
+        responses = sampler.generate(both, [0, 1], Sampling(max_tokens))
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"{refusal}{type(error).__name__}: {preflight.first_line(error)}"
+        ) from error
     gaps = []
     for prompt, sampled in zip(both, responses, strict=True):
         count = len(sampled.token_ids)
@@ -305,8 +311,8 @@ def check_sampler(
         )
     if gap > MAX_LOGP_GAP:
         raise ValueError(
-            f"--model {path}: --engine transformers cannot sample from this model: in a batch its "
-            f"log-probabilities differ by {gap:.3g} nats per token (limit {MAX_LOGP_GAP})"
+            f"{refusal}in a batch its log-probabilities differ by {gap:.3g} nats per token (limit "
+            f"{MAX_LOGP_GAP})"
         )
 
 

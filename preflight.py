@@ -502,7 +502,7 @@ def _read_config(flag: str, path: str) -> Any:
         return AutoConfig.from_pretrained(path, **distributed.PLAIN_OUTPUT)
     except Exception as error:  # transformers raises many kinds for a damaged file
         raise ValueError(
-            f"{flag} {path}: not a folder or hub id with a readable model ({_first_line(error)})"
+            f"{flag} {path}: not a folder or hub id with a readable model ({first_line(error)})"
         ) from None
 
 
@@ -524,7 +524,7 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises plain exceptions
         raise ValueError(
-            f"--model {path}: its tokenizer cannot be read ({_first_line(error)})"
+            f"--model {path}: its tokenizer cannot be read ({first_line(error)})"
         ) from None
     # Where files are missing, transformers makes an empty tokenizer.
     text = "1+1=2"
@@ -547,11 +547,12 @@ def _stored_value_head(flag: str, path: str) -> Any:
         return value_head(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{flag} {path}: its weights cannot be read ({_first_line(error)})"
+            f"{flag} {path}: its weights cannot be read ({first_line(error)})"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -660,7 +661,7 @@ def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> l
         # A folder need not have generation settings.
         if (Path(path) / "generation_config.json").exists():
             raise ValueError(
-                f"--model {path}: its generation_config.json cannot be read ({_first_line(error)})"
+                f"--model {path}: its generation_config.json cannot be read ({first_line(error)})"
             ) from None
     ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     ids = [token_id for token_id in ids if token_id is not None]

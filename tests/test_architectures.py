@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "roberta": ("roberta", {"max_position_embeddings": 512}, "attention is not causal"),
     "t5": ("t5", {}, "is not a causal language model"),
     "whisper": ("whisper", {}, "is not a causal language model"),
+    "biogpt": ("biogpt", {}, "its attention cannot be exchanged"),
     "bloom": ("bloom", {}, "its attention cannot be exchanged"),
     "falcon": ("falcon", {}, "its attention cannot be exchanged"),
     "gptj": ("gptj", {}, "its attention cannot be exchanged"),

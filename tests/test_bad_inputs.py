@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     MambaConfig,
@@ -356,7 +358,10 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     head = {"score.weight": torch.zeros(1, 64)}
     save_file(head, folder / "mamba-critic" / "model.safetensors")
     BertLMHeadModel(small(BertConfig, tokenizer)).save_pretrained(folder / "bert")
-    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert"):
+    falcon = small(FalconConfig, tokenizer)
+    falcon.alibi = True
+    FalconForCausalLM(falcon).save_pretrained(folder / "falcon")
+    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert", "falcon"):
         tokenizer.save_pretrained(folder / name)
     (copied("no-weights") / "model.safetensors").unlink()
     make_wrong_weights(model, copied)
@@ -727,6 +732,7 @@ ROWS = [
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds nan", "--grader-seconds nan"),
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds inf", "--grader-seconds inf"),
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds=-1", "--grader-seconds -1.0"),
+    Row("evaluate", "--model FALCON", "cannot sample from this model: ValueError: too many"),
     Row("responses", "--responses BAD/graded.jsonl --grader-workers 0", "must be above 0"),
     *[
         Row("responses", f"--responses BAD/recorded-{name}.jsonl", line)

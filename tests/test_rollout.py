@@ -157,6 +157,20 @@ def test_a_sampler_with_other_weights_is_refused(
         require_same_logprobs(cfg, policy, rollouts)
 
 
+def test_nan_at_the_start_is_named(model_folder: Path, problems: list[Problem]) -> None:
+    """It is not said that the sampler has other weights. With several samplers, too, of which only
+    the last is wrong."""
+    policy = load_policy(str(model_folder))
+    rollouts = [Rollout(p, [5, 6], [-1.0, -1.0], "stop", "") for p in problems[:3]]
+    rollouts[2].logprobs[1] = math.nan
+    with pytest.raises(RuntimeError, match=r"^the sampler's log-probabilities are NaN"):
+        require_same_logprobs(Config(), policy, rollouts)
+    with torch.no_grad():
+        policy.model.model.norm.weight[3] = math.nan
+    with pytest.raises(RuntimeError, match=r"^the policy's weight model\.norm\.weight holds NaN"):
+        require_same_logprobs(Config(), policy, rollouts)
+
+
 def test_untied_models_sync(
     kind: str, untied_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
