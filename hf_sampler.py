@@ -149,9 +149,7 @@ class HFSampler:
         may_stop = self.may_stop(sampling.stop)
 
         logits, past, mask, position = self._read_prompts(prompts)
-        width = mask.shape[1]
-        mask = torch.nn.functional.pad(mask, (0, max_tokens), value=True)
-        bias = additive(mask, self.dtype)
+        bias = additive(mask, max_tokens, self.dtype)
         active = torch.arange(count, device=self.device)  # the responses that are in the batch
         running = torch.ones(count, dtype=torch.bool, device=self.device)
         for t in range(max_tokens):
@@ -170,12 +168,11 @@ class HFSampler:
             if num_running <= 0.75 * len(running):
                 keep = running.nonzero().flatten()
                 past.batch_select_indices(keep)
-                active, running = active[keep], running[keep]
-                mask, bias = mask[keep], bias[keep]
+                active, running, bias = active[keep], running[keep], bias[keep]
                 token, position = token[keep], position[keep]
             position = position + 1
-            keys = width + t + 1
-            seen = bias[..., :keys] if self._sees_all(keys) else mask[:, :keys]
+            keys = past.get_seq_length() + 1
+            seen = bias[..., :keys] if self._sees_all(keys) else bias[:, 0, 0, :keys] == 0
             logits = self._next_logits(token[:, None], seen, position, past)
         return [
             SampledTokens(ids[:length], logp[:length], finish_reason)
@@ -267,11 +264,13 @@ def attention_for(config: PreTrainedConfig) -> str:
     return "sdpa" if model_class._supports_sdpa and not capped else "eager"
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask (B, keys) adds to the scores of one query, (B, 1, 1, keys): 0 or −∞. torch makes
-    the same from truth values, but again at each token and in each layer."""
+def additive(mask: Tensor, max_tokens: int, dtype: torch.dtype) -> Tensor:
+    """What the mask of prompt tokens (B, width) adds to the scores of a response's token: 0, or −∞
+    at padding, (B, 1, 1, width + max_tokens). torch makes the same from truth values, but again at
+    each token and in each layer."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(~mask, -torch.inf)[:, None, None]
+    bias.masked_fill_(~mask, -torch.inf)
+    return torch.nn.functional.pad(bias, (0, max_tokens))[:, None, None]
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

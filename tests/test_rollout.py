@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicLayer, PreTrainedTokenizerBase
 
 import data
@@ -224,6 +225,11 @@ def test_responses_end_where_they_should(
     assert ends == {"stop string", "eos", "length"}
 
 
+def truth_values(mask: Tensor, max_tokens: int, dtype: torch.dtype) -> Tensor:
+    """In the place of `hf_sampler.additive`: the same mask as bool."""
+    return torch.nn.functional.pad(mask, (0, max_tokens), value=True)[:, None, None]
+
+
 def test_growing_buffers_change_no_bit(
     base_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -237,7 +243,7 @@ def test_growing_buffers_change_no_bit(
     sampling = Sampling(3 * max(map(len, prompts)))
     grown = sampler.generate(prompts, range(16), sampling)
     monkeypatch.setattr(hf_sampler, "GrowingLayer", DynamicLayer)
-    monkeypatch.setattr(hf_sampler, "additive", lambda mask, dtype: mask[:, None, None])
+    monkeypatch.setattr(hf_sampler, "additive", truth_values)
     assert sampler.generate(prompts, range(16), sampling) == grown
     assert len({len(r.token_ids) for r in grown}) > 4
 
