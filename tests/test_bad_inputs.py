@@ -42,12 +42,13 @@ import config
 import evaluate
 import preflight
 import train
-from benchmarks import vs_trl
+from benchmarks import curate_scale, gpu, grader_fuzz, grader_speed, logprob, scaling, vs_trl
 from config import Range
 from curation import curate
 from data import Problem
 from evaluate import Evaluation
 from experiments import run
+from grading import programs
 from grading.pool import Grader
 from reports import figures, page
 from rollout import Rollout, save_rollouts
@@ -65,6 +66,13 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "run": run.main,
     "tiny": tiny.main,
     "vs_trl": vs_trl.main,
+    "programs": programs.main,
+    "curate_scale": curate_scale.main,
+    "fuzz": grader_fuzz.main,
+    "speed": grader_speed.main,
+    "logprob": logprob.main,
+    "scaling": scaling.main,
+    "gpu": gpu.main,
 }
 # What its lines begin with.
 NAMES = {
@@ -77,6 +85,13 @@ NAMES = {
     "run": "experiments.run",
     "tiny": "toy.tiny",
     "vs_trl": "benchmarks.vs_trl",
+    "programs": "grading.programs",
+    "curate_scale": "benchmarks.curate_scale",
+    "fuzz": "benchmarks.grader_fuzz",
+    "speed": "benchmarks.grader_speed",
+    "logprob": "benchmarks.logprob",
+    "scaling": "benchmarks.scaling",
+    "gpu": "benchmarks.gpu",
 }
 # Flags that are right, to which a row adds its bad one.
 RIGHT = {
@@ -497,6 +512,12 @@ SETTINGS = {
     "run": run.Options,
     "tiny": tiny.Settings,
     "vs_trl": vs_trl.Settings,
+    "programs": programs.SelfTest,
+    "fuzz": grader_fuzz.Settings,
+    "speed": grader_speed.Settings,
+    "logprob": logprob.Settings,
+    "scaling": scaling.Settings,
+    "gpu": gpu.Settings,
 }
 
 
@@ -711,6 +732,7 @@ ROWS = [
     Row("evaluate", "--tensor-parallel 2", "--tensor-parallel 2: only vLLM shares a model"),
     Row("evaluate", "--vllm-memory 0.3", "--vllm-memory 0.3: has no effect with --engine"),
     Row("evaluate", "--model MAMBA", "cannot sample from a mamba model: it carries a state"),
+    Row("evaluate", "--model FALCON", "cannot sample from this model: ValueError: too many"),
     Row("evaluate", "--model BERT", "--engine transformers cannot sample from this model"),
     Row("evaluate", "--model NO-WEIGHTS", "no-weights"),
     Row("responses", "--responses BAD/graded.jsonl --samples 4", "--samples 4: has no effect with"),
@@ -732,7 +754,6 @@ ROWS = [
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds nan", "--grader-seconds nan"),
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds inf", "--grader-seconds inf"),
     Row("responses", "--responses BAD/graded.jsonl --grader-seconds=-1", "--grader-seconds -1.0"),
-    Row("evaluate", "--model FALCON", "cannot sample from this model: ValueError: too many"),
     Row("responses", "--responses BAD/graded.jsonl --grader-workers 0", "must be above 0"),
     *[
         Row("responses", f"--responses BAD/recorded-{name}.jsonl", line)
@@ -801,6 +822,8 @@ ROWS = [
     Row("run", "", "expected all, or of"),
     Row("run", "nonsense", "found nonsense"),
     Row("run", "all nonsense", "found nonsense"),
+    Row("curate_scale", "0", "--rows 0: must be above 0"),
+    Row("curate_scale", "9000000000", "--rows 9000000000: must not be above 1000000000"),
     *numeric_rows(),
     *data_rows(),
 ]
