@@ -241,7 +241,7 @@ def _evaluate_model(
     fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
     folder = _folder(cfg, model)
     settings = asdict(cfg) | {"model": path}
-    settings["files"] = distributed.on_rank0(lambda: fingerprint(path, config))
+    settings["files"] = distributed.on_rank0(lambda: fingerprint(path))
     distributed.on_rank0(lambda: _check_folder(folder, settings, cfg.overwrite))
     prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
     sampler = _open_checked_sampler(cfg, path, tokenizer, eos, prompts)
@@ -365,11 +365,12 @@ MODEL_FILES = """config.json generation_config.json *.safetensors *.safetensors.
     added_tokens.json vocab* merges.txt""".split()
 
 
-def fingerprint(path: str, config: Any) -> dict[str, Any]:
+def fingerprint(path: str) -> dict[str, Any]:
     """What tells a model from another one under the same name: the checksum of each of its files,
     or the commit of a model of the hub."""
     if not Path(path).is_dir():
-        return {"commit": config._commit_hash}
+        in_cache = Path(transformers.utils.cached_file(path, "config.json"))
+        return {"commit": in_cache.parent.name}  # …/snapshots/<commit>/config.json
     found = {file for pattern in MODEL_FILES for file in Path(path).glob(pattern)}
     return crc32_of_files(sorted(file for file in found if file.is_file()))
 
