@@ -149,8 +149,8 @@ class Config(BatchSettings):
     critic_lr_warmup: CountOrNone = 50
     """Critic optimizer steps of linear learning-rate warm-up (§3.1)."""
     anneal_steps: CountOrNone = 0
-    """Anneal the policy's learning rate linearly over this many policy steps (the paper's last
-    stage: 100); 0: constant."""
+    """Anneal the policy's learning rate linearly over the run's first so many policy steps (the
+    paper's last stage: 100, as a run of its own); 0: constant."""
     anneal_to: Share = 3e-7
     """Learning rate at the end of annealing (§3.1)."""
     max_grad_norm: Positive = 1.0

@@ -295,10 +295,19 @@ def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
     replaced = [run / "policy", run / "critic"] if same_run else [run]
     _require_inputs_outside(cfg, replaced)
     if resume_from:
-        changed = checkpoint.changed_settings(resume_from, cfg).keys() & checkpoint.OF_THE_START
-        why = f"with --resume: the critic is that of {resume_from.path}"
-        refuse_without_effect(cfg, Config(), sorted(changed), why)
+        _validate_changes(cfg, resume_from)
     return resume_from
+
+
+def _validate_changes(cfg: Config, resume_from: Checkpoint) -> None:
+    """Refuse settings that only count at the start of a run, where they differ from the
+    checkpoint's. `reports.log` says which others have no effect."""
+    changed = checkpoint.changed_settings(resume_from, cfg).keys()
+    why = f"with --resume: the critic is that of {resume_from.path}"
+    refuse_without_effect(cfg, Config(), sorted(changed & checkpoint.OF_THE_START), why)
+    is_over = 0 < cfg.anneal_steps <= resume_from.about["step"] * cfg.policy_steps
+    why = f"counts from step 0 and is over at {resume_from.path}; pass --policy-lr instead"
+    _require(not (is_over and "anneal_steps" in changed), cfg, "anneal_steps", why)
 
 
 def _require_inputs_outside(cfg: Config, replaced: list[Path]) -> None:
