@@ -13,7 +13,8 @@ alike in a pair, and what is not, is in benchmarks/vs_trl_worker.py.
 Each seed has weights and prompts of its own. Each run is a new process, and programs take turns. A
 finished run is kept under .cache/vs_trl, in a folder for this revision: the same command continues
 where it was stopped. The releases of TRL are 1.12.0, the last that has a critic PPO, and 1.16.0 for
-GRPO. On first use, each is installed into a virtual environment under .cache/peers.
+GRPO. On first use, each is installed into a virtual environment under .cache/peers, with the same
+torch and transformers as here.
 
 | column | meaning |
 |---|---|
@@ -136,14 +137,16 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def install(release: str) -> str:
-    """The interpreter of a virtual environment with this release of TRL, made if there is none."""
+    """The interpreter of a virtual environment with this release of TRL, made if there is none. Its
+    torch and transformers are this program's."""
     folder = ROOT / ".cache" / "peers" / f"trl-{release}"
     interpreter, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.exists():
+    packages = [pin("torch"), pin("transformers"), f"trl=={release}"]
+    if not complete.exists() or complete.read_text().split() != packages:
         venv.create(folder, clear=True, with_pip=True)
-        pip = [interpreter, "-m", "pip", "install", "--quiet", pin("torch"), f"trl=={release}"]
+        pip = [interpreter, "-m", "pip", "install", "--quiet", *packages]
         subprocess.run(pip, check=True, stdout=sys.stderr)
-        complete.touch()
+        complete.write_text("\n".join(packages))
     return str(interpreter)
 
 
