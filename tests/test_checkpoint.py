@@ -162,7 +162,7 @@ def test_settings_that_only_count_at_the_start(
         assert message.startswith(f"--{name} {value}: has no effect with --resume: the critic is")
     message = refusal(flags, *older, "--anneal-steps", "3")
     assert message.startswith("--anneal-steps 3: counts from step 0 and is over at")
-    assert prepare(parse([*flags, "--name", "anneal", *older, "--anneal-steps", "4"]))
+    prepare(parse([*flags, "--name", "anneal", *older, "--anneal-steps", "4"])).grader.close()
     last = ("--resume", str(whole / "checkpoints" / f"step-{STEPS}"))
     run(flags, "--name", "at-the-end", *last, "--policy-lr", "1e-4")
     said = capsys.readouterr().out
