@@ -14,7 +14,7 @@ Each seed has weights and prompts of its own. Each run is a new process, and pro
 finished run is kept under .cache/vs_trl, in a folder for this revision: the same command continues
 where it was stopped. The releases of TRL are 1.12.0, the last that has a critic PPO, and 1.16.0 for
 GRPO. On first use, each is installed into a virtual environment under .cache/peers, with the same
-torch and transformers as here.
+torch as here and transformers 5.24.0: with this program's 5.19.0, TRL's PPO cannot save.
 
 | column | meaning |
 |---|---|
@@ -60,6 +60,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = "vs_trl_worker"
 KEPT = ROOT / ".cache" / "vs_trl"  # figures of finished runs
 RESULT = RESULTS / "vs_trl.json"
+TRANSFORMERS = "transformers==5.24.0"  # of TRL
 RELEASES = {"trl-ppo": "1.12.0", "trl-grpo": "1.16.0"}
 NUM_PROMPTS = 256
 VOCABULARY = 1024
@@ -138,10 +139,10 @@ def prepare(folder: Path, seed: int) -> None:
 
 def install(release: str) -> str:
     """The interpreter of a virtual environment with this release of TRL, made if there is none. Its
-    torch and transformers are this program's."""
+    torch is this program's."""
     folder = ROOT / ".cache" / "peers" / f"trl-{release}"
     interpreter, complete = folder / "bin" / "python", folder / "complete"
-    packages = [pin("torch"), pin("transformers"), f"trl=={release}"]
+    packages = [pin("torch"), TRANSFORMERS, f"trl=={release}"]
     if not complete.exists() or complete.read_text().split() != packages:
         venv.create(folder, clear=True, with_pip=True)
         pip = [interpreter, "-m", "pip", "install", "--quiet", *packages]

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 BATCH = 32  # episodes of an optimizer step
 GROUP = 8  # responses of a GRPO group
@@ -43,7 +44,8 @@ CLIPPING = 1.0  # of the gradient norm with GRPO
 NO_CLIPPING = 1e9  # with PPO: TRL's has no clipping
 PROMPT_END = "?"  # ends every prompt, and is nowhere else in it
 
-Curve = list[dict[str, float]]  # mean reward and mean tokens of each batch
+Curve = list[dict[str, Any]]  # of each batch: prompts, responses, mean reward and mean tokens
+Gradients = dict[str, Tensor]  # name of a weight → its gradient
 Figures = dict[str, Any]  # what a run leaves
 
 
@@ -55,6 +57,7 @@ class Run(NamedTuple):
     length: int  # most tokens of a response
     episodes: int
     seed: int
+    record: str = ""  # a file for TRL's prompts, responses and gradients of each step
 
     @property
     def name(self) -> str:
@@ -81,12 +84,28 @@ def reward(token_ids: Sequence[int]) -> float:
     return float(2 * sum(i % 2 for i in token_ids) > len(token_ids))
 
 
-def grade(responses: Sequence[Sequence[int]], curve: Curve) -> list[float]:
-    """Rewards of a batch; its means are appended to the curve."""
+def grade(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], curve: Curve
+) -> list[float]:
+    """Rewards of a batch; it is appended to the curve."""
     rewards = [reward(ids) for ids in responses]
-    tokens = statistics.mean(map(len, responses))
-    curve.append({"reward": statistics.mean(rewards), "tokens": tokens})
+    batch = {"prompts": prompts, "responses": responses}
+    batch |= {"reward": statistics.mean(rewards), "tokens": statistics.mean(map(len, responses))}
+    curve.append(batch)
     return rewards
+
+
+def keep_gradients(model: torch.nn.Module) -> list[Gradients]:
+    """A model's gradients at each optimizer step from now on; the list grows with them."""
+    kept: list[Gradients] = []
+
+    def keep(*_: Any) -> None:
+        with_gradient = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        if with_gradient:
+            kept.append({name: gradient.clone() for name, gradient in with_gradient})
+
+    register_optimizer_step_pre_hook(keep)
+    return kept
 
 
 def usage() -> Usage:
@@ -209,7 +228,8 @@ def our_inputs(run: Run, curve: Curve) -> Any:
     from rollout import Rollout
 
     def score(rollouts: list[Rollout]) -> list[Rollout]:
-        rewards = grade([r.token_ids for r in rollouts], curve)
+        prompts = [r.problem.prompt_ids for r in rollouts]
+        rewards = grade(prompts, [r.token_ids for r in rollouts], curve)
         for rollout, value in zip(rollouts, rewards, strict=True):
             rollout.reward = value
         return rollouts
@@ -271,7 +291,7 @@ def train_trl_ppo(run: Run, curve: Curve) -> Figures:
         reward_model=RewardModel(curve, tokenizer.convert_tokens_to_ids(PROMPT_END)),
         train_dataset=Dataset.from_dict({"input_ids": prompt_ids}),
     )
-    return measured_training(trainer)
+    return measured_training(trainer, run, curve)
 
 
 class RewardModel(torch.nn.Module):
@@ -287,11 +307,13 @@ class RewardModel(torch.nn.Module):
 
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
         """Rewards of sequences (B, T) in the place of hidden states, (B, T, 1)."""
-        responses = []
+        prompts, responses = [], []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             sequence = ids[mask].tolist()
-            responses.append(sequence[sequence.index(self.prompt_end) + 1 :])
-        rewards = torch.tensor(grade(responses, self.curve))
+            start = sequence.index(self.prompt_end) + 1
+            prompts.append(sequence[:start])
+            responses.append(sequence[start:])
+        rewards = torch.tensor(grade(prompts, responses, self.curve))
         return SimpleNamespace(hidden_states=[rewards[:, None, None].expand(*input_ids.shape, 1)])
 
     def score(self, hidden: Tensor) -> Tensor:
@@ -324,12 +346,12 @@ def train_trl_grpo(run: Run, curve: Curve) -> Figures:
         use_vllm=False,
     )
 
-    def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return grade(completion_ids, curve)
+    def rewards(completion_ids: list[list[int]], prompts: list[str], **_: Any) -> list[float]:
+        return grade(tokenizer(prompts)["input_ids"], completion_ids, curve)
 
     dataset = Dataset.from_dict({"prompt": texts})
     trainer = GRPOTrainer(model=run.folder, reward_funcs=rewards, args=args, train_dataset=dataset)
-    return measured_training(trainer)
+    return measured_training(trainer, run, curve)
 
 
 def trainer_settings(run: Run) -> dict[str, Any]:
@@ -352,12 +374,15 @@ def trainer_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def measured_training(trainer: Any) -> Figures:
+def measured_training(trainer: Any, run: Run, curve: Curve) -> Figures:
     """Train and export; returns what the training used."""
+    gradients = keep_gradients(trainer.model) if run.record else []
     before = usage()
     trainer.train()
     after = usage()
     trainer.save_model()
+    if run.record:
+        torch.save((curve, gradients), run.record)
     return spent(before, after)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Ended
 
-from benchmarks import vs_trl, vs_trl_worker
+from benchmarks import vs_trl, vs_trl_gradients, vs_trl_worker
 from benchmarks.record import Row
 from benchmarks.vs_trl_report import GAP, SPEED, TITLES, Runs, draw, pages, peer, rows
 from benchmarks.vs_trl_worker import Figures, Run
@@ -138,4 +138,29 @@ def test_the_reward_model_of_trl_gives_the_reward() -> None:
     mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
     hidden = model.backbone(ids, mask).hidden_states[-1]
     assert model.score(hidden)[:, -1, 0].tolist() == [1.0, 0.0]
-    assert curve == [{"reward": 0.5, "tokens": 2.5}]
+    (batch,) = curve
+    assert batch["prompts"] == [[2, 7], [2, 4, 4, 7]]
+    assert batch["responses"] == [[1, 3, 2], [1, 2]]
+    assert (batch["reward"], batch["tokens"]) == (0.5, 2.5)
+
+
+def test_gradients_are_compared_step_by_step(tmp_path: Path) -> None:
+    """Each step has one gradient of each model, and of the same weights. The largest difference
+    and the smallest cosine are those of one step."""
+    vs_trl.prepare(tmp_path, seed=0)
+    prompts = [prompt["ids"] for prompt in vs_trl_worker.load_prompts(str(tmp_path))[:2]]
+    curve = [
+        {"prompts": prompts, "responses": [[1, 3, 5], [2, 4 + step]]}  # rewards 1 and 0
+        for step in range(2)
+    ]
+    cfg = vs_trl_worker.our_settings(Run("ours-ppo", str(tmp_path), 3, 640, seed=0))
+    policy, critic = vs_trl_gradients.take_steps(cfg, curve)
+    assert (len(policy), len(critic)) == (2, 2)
+    assert "score.weight" in critic[0] and "score.weight" not in policy[0]
+    same = vs_trl_gradients.row("", 0, policy, policy)
+    assert (same["steps"], same["cosine"], same["difference"]) == (2, "1.000000", 0)
+    doubled = [policy[0], {name: 2 * gradient for name, gradient in policy[1].items()}]
+    other = vs_trl_gradients.row("", 0, policy, doubled)
+    assert other["cosine"] == "1.000000" and other["difference"] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="of other weights"):
+        vs_trl_gradients.row("", 0, policy, critic)
