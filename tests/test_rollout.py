@@ -295,6 +295,19 @@ def test_overlong_prompts_are_refused_at_load(tokenizer: PreTrainedTokenizerBase
     assert [p.source for p in kept] == ["set.json:1"]
 
 
+def test_prompts_are_encoded_together_as_alone(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "ENCODED_AT_ONCE", 2)
+    questions = ["1+2=?", "naïve ∑ 日本", "", "10+11+12=?", "7"]
+    problems = [Problem(f"set.json:{i}", text, "") for i, text in enumerate(questions)]
+    encoded = data.tokenize(problems, tokenizer, 500, data.TEMPLATE)
+    assert [p.source for p in encoded] == [p.source for p in problems]
+    for problem in encoded:
+        alone = tokenizer.encode(data.prompt(problem.question), add_special_tokens=False)
+        assert list(problem.prompt_ids) == alone
+
+
 def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:
     question = tiny.problems(0)[0][0]
     ids = tokenizer.encode(data.prompt(question), add_special_tokens=False)
