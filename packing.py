@@ -71,11 +71,11 @@ class Layout(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Segments that attend together: those of one prompt length and of like lengths."""
+    """Segments that attend together."""
 
     queries: Tensor  # (segments, L) places in the pack; behind a short segment stand others
     keys: Tensor  # (segments, before + L)
-    before: int | Tensor  # keys that stand before a segment's own: its prompt's
+    before: int | Tensor  # keys that stand before the first query
 
 
 class Size(NamedTuple):
@@ -303,10 +303,10 @@ def _layout(segments: Sequence[Segment], device: torch.device | str) -> Layout:
     filled = 0
     for members in like_lengths(segments):
         group = _group(members, sum(queries))
-        width = group.queries.shape[1]
         for s in members:
-            fold[s.start : s.start + s.length] = torch.arange(filled, filled + s.length)
-            filled += width
+            end = filled + _num_queries(s)
+            fold[s.start : s.start + s.length] = torch.arange(end - s.length, end)
+            filled += group.queries.shape[1]
         groups.append(group._replace(queries=group.queries.to(device), keys=group.keys.to(device)))
     return Layout(
         cu_seqlens_q=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
@@ -319,24 +319,34 @@ def _layout(segments: Sequence[Segment], device: torch.device | str) -> Layout:
     )
 
 
-LIKE, SLACK = 0.8, 8  # a group's segments are at least so long, against the longest; or so near it
+def _before(s: Segment) -> int:
+    """Keys that stand before the first query, when a segment is unfolded. Behind a long prompt it
+    is the prompt. A short prompt's queries are computed again, because attention of a whole
+    sequence leaves out the pairs that causality hides, half of all."""
+    return s.before if s.before > s.length else 0
+
+
+def _num_queries(s: Segment) -> int:
+    return s.before + s.length - _before(s)
+
+
+# Those of a group are no shorter than this share of the longest, or by so many tokens.
+LIKE, SLACK = 0.8, 8
 
 
 def like_lengths(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments that attend together: behind equally long prompts, and of like lengths, because all
-    of them compute as many pairs of query and key as the longest.
+    """Segments that attend together: they have like numbers of queries, because all of them compute
+    as many pairs of query and key as the longest, which comes first.
 
-    >>> like_lengths([Segment(0, 9, 0, 0), Segment(9, 40, 0, 9), Segment(49, 38, 0, 9)])
-    [[Segment(start=0, length=9, prompt=0, before=0)], [Segment(start=9, length=40, prompt=0, \
-before=9), Segment(start=49, length=38, prompt=0, before=9)]]
+    >>> prompt, a, b = Segment(0, 90, 0, 0), Segment(90, 40, 0, 90), Segment(130, 38, 0, 90)
+    >>> [len(group) for group in like_lengths([prompt, a, b])]
+    [1, 2]
     """
     groups: list[list[Segment]] = []
-    for s in sorted(segments, key=lambda s: (s.before, -s.length)):
-        if groups:
-            longest = groups[-1][0]
-            if s.before == longest.before and (
-                s.length >= min(LIKE * longest.length, longest.length - SLACK)
-            ):
+    for s in sorted(segments, key=lambda s: (_before(s), -_num_queries(s))):
+        if groups and _before(s) == _before(groups[-1][0]):
+            longest = _num_queries(groups[-1][0])
+            if _num_queries(s) >= min(LIKE * longest, longest - SLACK):
                 groups[-1].append(s)
                 continue
         groups.append([s])
@@ -344,12 +354,14 @@ before=9), Segment(start=49, length=38, prompt=0, before=9)]]
 
 
 def _group(members: Sequence[Segment], num_tokens: int) -> Group:
-    longest = members[0].length
-    before = members[0].before
-    own = torch.tensor([[s.start] for s in members]) + torch.arange(longest)
-    own = own.clamp(max=num_tokens - 1)
-    prompt = torch.tensor([[s.prompt] for s in members]) + torch.arange(before)
-    return Group(queries=own, keys=torch.cat([prompt, own], dim=1), before=before)
+    before, longest = _before(members[0]), _num_queries(members[0])
+    rows = []
+    for s in members:
+        prompt = torch.arange(s.prompt, s.prompt + s.before)
+        own = torch.arange(s.start, s.start + before + longest)
+        rows.append(torch.cat([prompt, own])[: before + longest])
+    keys = torch.stack(rows).clamp(max=num_tokens - 1)
+    return Group(queries=keys[:, before:], keys=keys, before=before)
 
 
 def pack_token_ids(
