@@ -372,6 +372,7 @@ def plan_settings(
         model=str(folder / name),
         gpus=int(GPU),
         micro_tokens=micro.input_ids.numel(),
+        samples=1,  # `random_pack` shares no prompts
         activation_checkpointing=sharding.activation_checkpointing,
     )
 
