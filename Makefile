@@ -4,7 +4,7 @@
 # make lint        check the code with ruff
 # make install     make the virtual environment .venv (the commands above do so when it is missing)
 # make clean       remove the environment, the caches and all runs
-# Options: ENGINE=vllm|transformers  SEED=0  RUN=demo  TORCH_INDEX=address
+# Options: ENGINE=vllm|transformers  SEED=0  RUN=demo  TORCH_INDEX=address  UV=
 
 PYTHON ?= python3
 ENGINE ?= auto
@@ -19,6 +19,14 @@ TORCH := $(shell grep -o 'torch==[^"]*' pyproject.toml)
 # TORCH_INDEX names another index for torch: the address of PyTorch's index of CPU builds, which its
 # installation page gives.
 TORCH_INDEX ?=
+# uv installs in a tenth of the time. UV= leaves it out: it does not know pip's configuration.
+UV ?= $(shell command -v uv 2>/dev/null)
+VENV := $(if $(UV),$(UV) venv -q --allow-existing --python $(PYTHON),$(PYTHON) -m venv)
+# Modules are compiled when they are first imported: most never are.
+PIP := $(if $(UV),$(UV) pip install --python $(BIN)/python,\
+    $(BIN)/pip install --no-compile --disable-pip-version-check)
+STAGE := @$(PYTHON) tools/progress.py
+STAGES := $(if $(GPU),4,$(if $(filter Linux,$(SYSTEM)),5,4))
 # The tests are many and small: with more threads they wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
@@ -40,19 +48,22 @@ install: .venv/installed
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and \
 	    "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
+	$(STAGE) '1/$(STAGES) virtual environment .venv, with $(if $(UV),uv,pip)' $(VENV) .venv
 ifneq ($(GPU),)
-	$(BIN)/pip install -q '.[vllm,test]'
+	$(STAGE) '2/$(STAGES) torch, vLLM and the other packages: several GB' $(PIP) '.[vllm,test]'
 else ifeq ($(SYSTEM),Linux)
-	$(BIN)/pip install -q $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install -q --no-deps --only-binary :all: -r tools/requirements-cpu.txt
+	$(STAGE) '2/$(STAGES) $(TORCH): 0.2 GB, or several if it is the CUDA build' \
+	    $(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) $(TORCH)
+	$(STAGE) '3/$(STAGES) the other $(shell grep -c '^[a-z].*==' $(REQUIREMENTS)) packages: 0.4 GB' \
+	    $(PIP) --no-deps --only-binary :all: -r tools/requirements-cpu.txt
 else # vLLM's CPU build is for Linux only
-	$(BIN)/pip install -q '.[test]'
+	$(STAGE) '2/$(STAGES) torch and the other packages: 0.5 GB' $(PIP) '.[test]'
 endif
-	$(BIN)/python -c 'import torch, transformers, math_verify'
-	@$(BIN)/python -c 'import vllm' 2>/dev/null || \
-	    echo 'vLLM does not load on this machine; ENGINE=transformers works without it.'
-	touch $@
+	$(STAGE) '$(shell expr $(STAGES) - 1)/$(STAGES) the first import, which compiles modules' \
+	    $(BIN)/python -c 'import train'
+	$(STAGE) '$(STAGES)/$(STAGES) vLLM, which may be missing' $(BIN)/python -c 'import vllm' 2>/dev/null || \
+	    echo '     ENGINE=transformers works without it'
+	@touch $@
 
 clean:
 	rm -rf .venv .cache runs

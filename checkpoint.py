@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,9 @@ ARCHITECTURE = (
     "vocab_size",
     "tie_word_embeddings",
 )
+# Signals within so many seconds are one request: a scheduler signals torchrun and its ranks, and
+# torchrun passes on what it got.
+REPEATS = 5.0
 
 # role ("policy" or "critic") → model and optimizer
 Trained = Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
@@ -95,7 +99,8 @@ class Checkpoints:
         self.keep = config.keep_checkpoints
         self.trained = trained
         self.saved = first_step  # iterations done at the newest checkpoint
-        self.signal = 0
+        self.signal = 0  # the first that came
+        self.signaled = 0.0  # when
         self.about = {
             "settings": asdict(config),
             "model": architecture(trained["policy"][0].model.config),
@@ -115,16 +120,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        if not self.signal:  # otherwise the process is about to end; a repeat must not kill it
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
         if failure is None:
             self.finish()
         self.thread.shutdown()
 
     def _remember(self, number: int, _: Any) -> None:
-        """Remember the signal for the end of the iteration; a second one acts at once."""
-        self.signal = number
-        signal.signal(number, self.handlers[number])
+        """Remember the first signal for the end of the iteration; one that comes more than REPEATS
+        seconds later acts at once."""
+        now = time.monotonic()
+        if not self.signal:
+            self.signal = number
+            self.signaled = now
+        elif now - self.signaled > REPEATS:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
 
     def step(
         self,
@@ -468,6 +480,27 @@ def changed_settings(resume_from: Checkpoint, config: Any) -> dict[str, tuple[An
     of_the_start = ("name", "runs", "overwrite", "resume")
     names = [f.name for f in fields(config) if f.name not in of_the_start and f.name in then]
     return {name: (then[name], now[name]) for name in names if then[name] != now[name]}
+
+
+# Settings that only decide which weights a run begins with.
+OF_THE_START = ("value_head", "init_critic")
+
+
+def without_effect(resume_from: Checkpoint, config: Any) -> dict[str, str]:
+    """Why settings that differ from the checkpoint's change nothing in a run that goes on from it:
+    name → reason."""
+    changed = changed_settings(resume_from, config)
+    done = resume_from.about["step"]
+    if done >= config.steps:
+        return dict.fromkeys(changed, "nothing is left to train")
+    reasons = dict.fromkeys(OF_THE_START, "the weights are the checkpoint's")
+    if not (config.kl_loss or config.kl_reward):  # otherwise --model is the reference, too
+        reasons["model"] = "the weights are the checkpoint's"
+    for role in ("policy", "critic"):
+        name = f"{role}_lr_warmup"
+        if max(changed.get(name, (0,))) <= done * getattr(config, f"{role}_steps"):
+            reasons[name] = "the warm-up is over"
+    return {name: reason for name, reason in reasons.items() if name in changed}
 
 
 def load_checkpoint(resume_from: Checkpoint | None, trained: Trained) -> int:

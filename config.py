@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
 class Range(NamedTuple):
@@ -104,8 +104,9 @@ class Config(BatchSettings):
     those of a size. Where the authors' code differs from the paper, the field says so."""
 
     model: str = "tiny"
-    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, which is made here in
-    under two minutes; or `tiny-long`, the test bed of the experiments."""
+    """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, whose base model
+    is in toy/base for seed 0 and made in two minutes for others; or `tiny-long`, the test bed of
+    the experiments."""
     data: str = ""
     """Training problems: a file in the authors' form, JSON lines with question and answer, a hub
     id, or any other layout that curation/formats.py knows. `tiny` brings its own."""
@@ -148,8 +149,8 @@ class Config(BatchSettings):
     critic_lr_warmup: CountOrNone = 50
     """Critic optimizer steps of linear learning-rate warm-up (§3.1)."""
     anneal_steps: CountOrNone = 0
-    """Anneal the policy's learning rate linearly over this many policy steps (the paper's last
-    stage: 100); 0: constant."""
+    """Anneal the policy's learning rate linearly over the run's first so many policy steps (the
+    paper's last stage: 100, as a run of its own); 0: constant."""
     anneal_to: Share = 3e-7
     """Learning rate at the end of annealing (§3.1)."""
     max_grad_norm: Positive = 1.0
@@ -271,9 +272,11 @@ def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -
 def validate_ranges(settings: Any) -> None:
     """Refuse numbers that a setting of any program cannot have: ValueError with flag and value."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        values = [getattr(settings, name)]
+        if get_origin(hint) is tuple:  # of any length: the range is that of each value
+            values, hint = values[0], get_args(hint)[0]
         allowed = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)]
-        if allowed:
-            value = getattr(settings, name)
+        for value in values if allowed else ():
             why = _outside(value, hint.__origin__, allowed[0])
             if why:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")

@@ -183,29 +183,56 @@ class Sharding(NamedTuple):
 def load_pretrained(
     model_class: Any, path: str, other_head: Sequence[str] = (), **settings: Any
 ) -> PreTrainedModel:
-    """`model_class.from_pretrained(path)` in float32 with packed attention, on rank 0. On the other
+    """`load_whole(model_class, path)` in float32 with packed attention, on rank 0. On the other
     ranks the same model, whose memory is reserved and never touched until `apply_fsdp` fills it:
     only rank 0 ever holds a whole model. `settings` go into the model's configuration.
 
-    Raises ValueError, on all ranks, when the folder's weights are not the model's. Only weights of
-    the modules named `other_head` may be missing or left over.
+    Raises ValueError, on all ranks, when the folder's weights are not the model's.
     """
     how = {"dtype": torch.float32, "attn_implementation": "packed"}
     loaded = []
 
     def load() -> None:
-        lenient = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = model_class.from_pretrained(path, **settings, **how, **lenient)
-        _require_all_weights(path, report, other_head)
-        loaded.append(model)
+        loaded.append(load_whole(model_class, path, other_head, **settings, **how))
 
     on_rank0(load)
     if rank() == 0:
         return loaded[0]
     from_config = getattr(model_class, "from_config", None) or model_class._from_config
     with no_init_weights():
-        model = from_config(AutoConfig.from_pretrained(path, **settings), **how)
+        model = from_config(AutoConfig.from_pretrained(path, **PLAIN_OUTPUT, **settings), **how)
     model.tie_weights()  # part of the initialization that was left out
+    return model
+
+
+# A model's output has these fields, whatever its configuration asks for.
+PLAIN_OUTPUT = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
+def load_whole(
+    model_class: Any, path: str, other_head: Sequence[str] = (), **settings: Any
+) -> PreTrainedModel:
+    """`model_class.from_pretrained(path, **settings)` on this rank: the one place that reads the
+    weights of a model folder.
+
+    Raises ValueError, in one line that names the weight, when the folder does not hold the model
+    whole: a weight is missing, left over, of another shape or not finite, or the configuration ties
+    two weights that differ. Only weights of the modules named `other_head` may be missing or left
+    over.
+    """
+    lenient = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(path, **PLAIN_OUTPUT, **settings, **lenient)
+    _require_all_weights(path, report, other_head)
+    # transformers leaves out of its list the pairs that it found to differ.
+    for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if name not in model.all_tied_weights_keys:
+            raise ValueError(
+                f"{path}: its config.json ties {name} to {other}, but its weights hold two that "
+                'differ; set "tie_word_embeddings" to false there'
+            )
+    name = weight_not_finite(model)
+    if name:
+        raise ValueError(f"{path}: the weight {name} holds NaN or infinite numbers")
     return model
 
 
@@ -222,6 +249,17 @@ def _require_all_weights(path: str, report: dict[str, Any], other_head: Sequence
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(f"{path}: the weight {names[0]} {problem}{more}")
+
+
+def weight_not_finite(module: torch.nn.Module) -> str:
+    """The name of the first weight, or buffer stored with the weights, that holds NaN or infinite
+    numbers; "" where all are finite. Of a sharded module, every rank must call it."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        whole = full_tensor(tensor)
+        # The sum is not finite where any number is not; it is quicker, but it may overflow.
+        if not (whole.sum().isfinite() or whole.isfinite().all()):
+            return name
+    return ""
 
 
 def apply_fsdp(

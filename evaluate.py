@@ -31,11 +31,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import TextColumn
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import data
 import distributed
 import preflight
+from checkpoint import crc32_of_files
 from config import (
     LARGE,
     BatchSettings,
@@ -50,6 +51,7 @@ from config import (
 from curation import formats
 from curation.files import progress_bar, write_atomically
 from data import Problem
+from distributed import load_whole
 from grading import sandbox
 from grading.pool import Grader
 from hf_sampler import HFSampler
@@ -62,6 +64,7 @@ from rollout import (
     open_sampler,
     sample_responses,
     transcript,
+    uses_vllm,
 )
 
 MAX_LOGP_GAP = Config.max_logp_gap  # as in training
@@ -168,10 +171,7 @@ def run_benchmarks(cfg: Evaluation, grader: Grader, console: Console) -> None:
             raise ValueError(f"programs cannot be run here: {why}")
     _load_results(cfg.out)
     for model in cfg.model:
-        path = preflight.model_path(hub_id(model), cfg.seed)
-        config = preflight.model_config(path)
-        if not preflight.uses_vllm(cfg):
-            preflight.require_samplable(config, path)
+        _check_model_files(cfg, preflight.model_path(hub_id(model), cfg.seed))
     for model in cfg.model:
         _evaluate_model(cfg, model, sets, grader, console)
     console.print(
@@ -207,6 +207,16 @@ def _load_object(file: Path) -> dict[str, Any]:
     return found
 
 
+def _check_model_files(cfg: Evaluation, path: str) -> None:
+    """Raise ValueError when a model's small files show that it cannot be evaluated."""
+    config = preflight.model_config(path)
+    if not uses_vllm(cfg):
+        preflight.require_samplable(config, path)
+    preflight.validate_length(cfg.prompt_tokens + cfg.response_tokens, config, path)
+    tokenizer = preflight.load_tokenizer(path, config.vocab_size)
+    preflight.eos_ids(path, tokenizer, config.vocab_size)
+
+
 class _Asked(NamedTuple):
     """One benchmark as it is asked: the sampler, and problems with prompts."""
 
@@ -224,18 +234,17 @@ def _evaluate_model(
     console: Console,
 ) -> None:
     path = preflight.model_path(hub_id(model), cfg.seed)
-    longest = cfg.prompt_tokens + cfg.response_tokens
-    preflight.validate_length(longest, preflight.model_config(path), path)
-    tokenizer = preflight.load_tokenizer(path)
+    config = preflight.model_config(path)
+    tokenizer = preflight.load_tokenizer(path, config.vocab_size)
+    eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
     fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
     folder = _folder(cfg, model)
     settings = asdict(cfg) | {"model": path}
+    settings["files"] = distributed.on_rank0(lambda: fingerprint(path))
     distributed.on_rank0(lambda: _check_folder(folder, settings, cfg.overwrite))
-    sampler = open_sampler(cfg, path, tokenizer, preflight.eos_ids(path, tokenizer))
-    if isinstance(sampler, HFSampler):
-        prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
-        check_sampler(sampler, path, prompts, min(16, cfg.response_tokens))
+    prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
+    sampler = _open_checked_sampler(cfg, path, tokenizer, eos, prompts)
     distributed.on_rank0(lambda: _prepare_folder(folder, settings, cfg.overwrite))
     console.print(f"{model}: responses and results in {folder}")
     for name, problems in fitting.items():
@@ -248,6 +257,30 @@ def _evaluate_model(
     sampler.close()
 
 
+def _open_checked_sampler(
+    cfg: Evaluation,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: list[int],
+    prompts: Sequence[Sequence[int]],
+) -> VllmSampler | HFSampler:
+    """The sampler of a model. Raises ValueError for weights that are not the model's, and for a
+    model that the transformers sampler samples from wrongly."""
+    if uses_vllm(cfg):
+        distributed.on_rank0(lambda: _check_weights(path))
+        return open_sampler(cfg, path, tokenizer, eos)
+    sampler = open_sampler(cfg, path, tokenizer, eos)
+    check_sampler(sampler, path, prompts, min(16, cfg.response_tokens))
+    return sampler
+
+
+def _check_weights(path: str) -> None:
+    """Read the weights into host memory and check them: vLLM takes NaN, and a head that the
+    configuration ties and the weights do not. Quantized weights are left to vLLM."""
+    if getattr(preflight.model_config(path), "quantization_config", None) is None:
+        load_whole(AutoModelForCausalLM, path, dtype="auto")
+
+
 @torch.inference_mode()
 def check_sampler(
     sampler: HFSampler, path: str, prompts: Sequence[Sequence[int]], max_tokens: int
@@ -256,7 +289,13 @@ def check_sampler(
     their log-probabilities with the model's own, one sequence at a time and without a cache. Raises
     ValueError when they differ: the padding of the shorter prompt changes its response."""
     both = [min(prompts, key=len), max(prompts, key=len)]
-    responses = sampler.generate(both, [0, 1], Sampling(max_tokens))
+    refusal = f"--model {path}: --engine transformers cannot sample from this model: "
+    try:
+        responses = sampler.generate(both, [0, 1], Sampling(max_tokens))
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"{refusal}{type(error).__name__}: {preflight.first_line(error)}"
+        ) from error
     gaps = []
     for prompt, sampled in zip(both, responses, strict=True):
         count = len(sampled.token_ids)
@@ -265,10 +304,15 @@ def check_sampler(
         own = logits[0, -count - 1 : -1].float().log_softmax(-1).gather(-1, ids[0, -count:, None])
         gaps.append(own.flatten().cpu() - torch.tensor(sampled.logprobs))
     gap = float(torch.cat(gaps).abs().mean())
-    if not gap <= MAX_LOGP_GAP:
+    if math.isnan(gap):
         raise ValueError(
-            f"--model {path}: --engine transformers cannot sample from this model: in a batch its "
-            f"log-probabilities differ by {gap:.3g} nats per token (limit {MAX_LOGP_GAP})"
+            f"--model {path}: its log-probabilities are NaN, though its weights are not: numbers "
+            "between its layers are too large for --dtype"
+        )
+    if gap > MAX_LOGP_GAP:
+        raise ValueError(
+            f"{refusal}in a batch its log-probabilities differ by {gap:.3g} nats per token (limit "
+            f"{MAX_LOGP_GAP})"
         )
 
 
@@ -312,7 +356,23 @@ SETTINGS = (
     "seed",
     "dtype",
     "model",
+    "files",
 )
+
+# The files that make a model what it is.
+MODEL_FILES = """config.json generation_config.json *.safetensors *.safetensors.index.json
+    pytorch_model*.bin pytorch_model.bin.index.json tokenizer* special_tokens_map.json
+    added_tokens.json vocab* merges.txt""".split()
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """What tells a model from another one under the same name: the checksum of each of its files,
+    or the commit of a model of the hub."""
+    if not Path(path).is_dir():
+        in_cache = Path(transformers.utils.cached_file(path, "config.json"))
+        return {"commit": in_cache.parent.name}  # …/snapshots/<commit>/config.json
+    found = {file for pattern in MODEL_FILES for file in Path(path).glob(pattern)}
+    return crc32_of_files(sorted(file for file in found if file.is_file()))
 
 
 def _check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -323,15 +383,27 @@ def _check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> No
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not an evaluation's; pass another --out")
     if file.exists() and not overwrite:
-        # A setting that an earlier version of this program did not keep had no other value.
-        then = now | _load_object(file)
+        # A setting that an earlier version of this program did not keep had no other value; of
+        # the model's files nothing is known then.
+        then = now | {"files": None} | _load_object(file)
         changed = [name for name in SETTINGS if then[name] != now[name]]
         if changed:
-            differs = ", ".join(f"{name} {then.get(name)} → {now[name]}" for name in changed)
+            differs = ", ".join(_difference(name, then[name], now[name]) for name in changed)
             raise ValueError(
                 f"{folder} has results under other settings ({differs}); pass another --out or "
                 "--overwrite"
             )
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    """How a setting differs, in a few words."""
+    if name != "files":
+        return f"{name} {then} → {now}"
+    if not isinstance(then, dict):
+        return "the model's files were not recorded"
+    changed = sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
+    more = f" and {len(changed) - 1} more of its files" if len(changed) > 1 else ""
+    return f"the model's {changed[0]}{more} changed"
 
 
 def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -373,6 +445,7 @@ def _answer(
                 first,
             )
             piece = gather_rollouts(score(local_rollouts, grader))
+            _require_numbers(asked.name, piece)
             for r in piece:
                 out.write(_stored_line(r))
             out.flush()
@@ -385,6 +458,16 @@ def _answer(
                 count = f"{len(answered)}/{total}"
                 console.print(f"{file.stem} {count}: {so_far}, {left:.0f} min left")
     return answered
+
+
+def _require_numbers(name: str, rollouts: Sequence[Rollout]) -> None:
+    """Raise ValueError when a sampler gave log-probabilities that are no numbers."""
+    for r in rollouts:
+        if any(map(math.isnan, r.logprobs)):
+            raise ValueError(
+                f"{name}: a response to {r.problem.source} has log-probabilities that are NaN: "
+                "numbers in the model are too large for --dtype"
+            )
 
 
 def _load_earlier(

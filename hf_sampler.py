@@ -9,19 +9,22 @@ completes `</answer>`, and EOS, are actions. `rollout.VllmSampler` has the same 
 import math
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
+    Cache,
+    DynamicLayer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from config import Sampling
+from distributed import load_whole
 
 
 class SampledTokens(NamedTuple):
@@ -31,6 +34,50 @@ class SampledTokens(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+
+
+class GrowingLayer(DynamicLayer):
+    """The keys and values of one layer, (B, heads, tokens, head size), in buffers with room for
+    more tokens. transformers' own layer copies them all to append one token."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty buffers."""
+        super().lazy_initialization(key_states, value_states)
+        self.key_buffer = key_states[:, :, :0]
+        self.value_buffer = value_states[:, :, :0]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        self.key_buffer = _append(self.key_buffer, length, key_states)
+        self.value_buffer = _append(self.value_buffer, length, value_states)
+        length += key_states.shape[-2]
+        self.keys = self.key_buffer[:, :, :length]
+        self.values = self.value_buffer[:, :, :length]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order; one may occur several times."""
+        length = self.get_seq_length()
+        self.key_buffer = self.key_buffer[indices]
+        self.value_buffer = self.value_buffer[indices]
+        self.keys = self.key_buffer[:, :, :length]
+        self.values = self.value_buffer[:, :, :length]
+
+
+def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
+    """The buffer with `new` after its first `length` tokens; a copy twice as long if it is full."""
+    end = length + new.shape[-2]
+    if end > buffer.shape[-2]:
+        larger = new.new_empty(*new.shape[:-2], 2 * end, new.shape[-1])
+        larger[..., :length, :] = buffer[..., :length, :]
+        buffer = larger
+    buffer[..., length:end, :] = new
+    return buffer
 
 
 class HFSampler:
@@ -52,12 +99,9 @@ class HFSampler:
         max_num_seqs: int,
     ) -> None:
         self.dtype = getattr(torch, dtype)
-        self.attention = attention_for(AutoConfig.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self.dtype, attn_implementation=self.attention
-        )
-        self.model = model.to(device).eval()
+        self.model = load_for_sampling(path, self.dtype).to(device)
         config = self.model.config
+        self.attention = config._attn_implementation
         windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
         self.window = min((w for w in windows if w), default=math.inf)
         self.tokenizer = tokenizer
@@ -105,6 +149,7 @@ class HFSampler:
         may_stop = self.may_stop(sampling.stop)
 
         logits, past, mask, position = self._read_prompts(prompts)
+        bias = additive(mask, max_tokens, self.dtype)
         active = torch.arange(count, device=self.device)  # the responses that are in the batch
         running = torch.ones(count, dtype=torch.bool, device=self.device)
         for t in range(max_tokens):
@@ -123,11 +168,11 @@ class HFSampler:
             if num_running <= 0.75 * len(running):
                 keep = running.nonzero().flatten()
                 past.batch_select_indices(keep)
-                active, running, mask = active[keep], running[keep], mask[keep]
+                active, running, bias = active[keep], running[keep], bias[keep]
                 token, position = token[keep], position[keep]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            seen = mask[:, None, None] if self._sees_all(mask.shape[1]) else mask
+            keys = past.get_seq_length() + 1
+            seen = bias[..., :keys] if self._sees_all(keys) else bias[:, 0, 0, :keys] == 0
             logits = self._next_logits(token[:, None], seen, position, past)
         return [
             SampledTokens(ids[:length], logp[:length], finish_reason)
@@ -138,7 +183,7 @@ class HFSampler:
 
     def _read_prompts(
         self, prompts: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    ) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """Read every distinct prompt once. Returns, with one entry per response: logits of the
         first token (B, V), the key-value cache, the mask of prompt tokens (B, width), and the
         position of the last prompt token (B, 1)."""
@@ -150,7 +195,7 @@ class HFSampler:
         input_ids = torch.tensor(padded, device=self.device)
         mask = torch.tensor(real, device=self.device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        past = DynamicCache()
+        past = Cache(layer_class_to_replicate=GrowingLayer)
         seen = mask
         if self._sees_all(width):
             square = torch.ones(width, width, dtype=torch.bool, device=self.device)
@@ -162,10 +207,11 @@ class HFSampler:
         return logits[prompt_of], past, mask[prompt_of], position[prompt_of, -1:]
 
     def _next_logits(
-        self, input_ids: Tensor, mask: Tensor, position: Tensor, past: DynamicCache
+        self, input_ids: Tensor, mask: Tensor, position: Tensor, past: Cache
     ) -> Tensor:
         """Logits of the next token as the model itself computes them, (B, V). `mask` says which
-        keys are no padding, (B, keys), or is whole, (B, 1, queries, keys)."""
+        keys are no padding, (B, keys), or is whole, (B, 1, queries, keys): truth values, or what
+        `additive` makes of them."""
         out = self.model(
             input_ids,
             attention_mask=mask,
@@ -198,12 +244,33 @@ class HFSampler:
         return tail[-1] in self.eos or any(s in text for s in stop)
 
 
+def load_for_sampling(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model that computes logits and nothing beside them. Raises ValueError when
+    the folder does not hold it whole (`distributed.load_whole`)."""
+    attention = attention_for(AutoConfig.from_pretrained(path))
+    model = load_whole(
+        AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention
+    ).eval()
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for a loss of the experts' router
+    return model
+
+
 def attention_for(config: PreTrainedConfig) -> str:
     """The attention that computes all that a model asks for: "sdpa", or "eager" for soft-capped
     scores, which transformers leaves out of "sdpa" without a word, and for models without it."""
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if model_class._supports_sdpa and not capped else "eager"
+
+
+def additive(mask: Tensor, max_tokens: int, dtype: torch.dtype) -> Tensor:
+    """What the mask of prompt tokens (B, width) adds to the scores of a response's token: 0, or −∞
+    at padding, (B, 1, 1, width + max_tokens). torch makes the same from truth values, but again at
+    each token and in each layer."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    bias.masked_fill_(~mask, -torch.inf)
+    return torch.nn.functional.pad(bias, (0, max_tokens))[:, None, None]
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
@@ -226,7 +293,8 @@ def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[T
         mass_above = ordered.exp().cumsum(-1) - ordered.exp()  # 0 for the first: it always stays
         ordered = ordered.masked_fill(mass_above >= sampling.top_p, -torch.inf)
         logp = torch.full_like(logp, -torch.inf).scatter(-1, order, ordered).log_softmax(-1)
-    cumulative = logp.double().exp().cumsum(-1)
+    cumulative = logp.double().exp_().cumsum_(-1)
     target = (uniform * cumulative[:, -1])[:, None]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    token = token.clamp(max=logits.shape[-1] - 1)  # NaN is beyond all; its log-probability is NaN
     return token, logp.gather(-1, token[:, None]).squeeze(-1)

@@ -72,12 +72,13 @@ def prepare(cfg: Config) -> Inputs:
     grader = Grader(0 if cfg.reward else cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     custom_reward = load_custom_reward(cfg.reward)
     files = distributed.on_rank0(lambda: _read_files(cfg, grader))
-    tokenizer = load_tokenizer(files.model_path)
+    vocab_size = model_config(files.model_path).vocab_size
+    tokenizer = load_tokenizer(files.model_path, vocab_size)
     tokenizer.chat_template = data.chat_template(tokenizer, data.TEMPLATES[cfg.template])
     return Inputs(
         model_path=files.model_path,
         tokenizer=tokenizer,
-        eos=eos_ids(files.model_path, tokenizer),
+        eos=eos_ids(files.model_path, tokenizer, vocab_size),
         problems=files.problems,
         eval_problems=files.eval_problems,
         resume_from=files.resume_from,
@@ -133,12 +134,6 @@ def validate_sampler(cfg: BatchSettings) -> None:
         raise ValueError(
             "--engine vllm: vLLM is not installed here; install it, or pass --engine transformers"
         )
-
-
-def uses_vllm(cfg: BatchSettings) -> bool:
-    """Whether `rollout.open_sampler` opens vLLM."""
-    has_vllm = torch.cuda.is_available() and find_spec("vllm") is not None
-    return cfg.engine == "vllm" or (cfg.engine == "auto" and has_vllm)
 
 
 def _require(condition: bool, cfg: BatchSettings, name: str, why: str) -> None:
@@ -264,7 +259,9 @@ def _read_files_for(cfg: Config, grader: Grader) -> _Files:
     problems = _read_problems(cfg, tokenizer, grader, train_source)
     eval_problems = []
     for name, source in formats.named(eval_sources).items():
-        eval_problems += _read_problems(cfg, tokenizer, grader, source, name)
+        of_set = _read_problems(cfg, tokenizer, grader, source, name)
+        _warn_of_overlap(problems, of_set, train_source, source)
+        eval_problems += of_set
     if len(problems) < cfg.prompts:
         raise ValueError(
             f"{train_source}: {len(problems)} problems are fewer than --prompts {cfg.prompts}"
@@ -297,7 +294,20 @@ def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
     check_folder(run, cfg.overwrite, resume=cfg.resume == "auto", same_run=same_run)
     replaced = [run / "policy", run / "critic"] if same_run else [run]
     _require_inputs_outside(cfg, replaced)
+    if resume_from:
+        _validate_changes(cfg, resume_from)
     return resume_from
+
+
+def _validate_changes(cfg: Config, resume_from: Checkpoint) -> None:
+    """Refuse settings that only count at the start of a run, where they differ from the
+    checkpoint's. `reports.log` says which others have no effect."""
+    changed = checkpoint.changed_settings(resume_from, cfg).keys()
+    why = f"with --resume: the critic is that of {resume_from.path}"
+    refuse_without_effect(cfg, Config(), sorted(changed & checkpoint.OF_THE_START), why)
+    is_over = 0 < cfg.anneal_steps <= resume_from.about["step"] * cfg.policy_steps
+    why = f"counts from step 0 and is over at {resume_from.path}; pass --policy-lr instead"
+    _require(not (is_over and "anneal_steps" in changed), cfg, "anneal_steps", why)
 
 
 def _require_inputs_outside(cfg: Config, replaced: list[Path]) -> None:
@@ -333,12 +343,8 @@ def _check_model_files(
         checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
     if cfg.init_critic:
         check_critic("--init-critic", cfg.init_critic, config)
-    tokenizer = load_tokenizer(model_path)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"--model {model_path}: its tokenizer has {len(tokenizer)} tokens, the model "
-            f"{config.vocab_size}"
-        )
+    tokenizer = load_tokenizer(model_path, config.vocab_size)
+    eos_ids(model_path, tokenizer, config.vocab_size)
     validate_length(longest, config, model_path)
     return tokenizer
 
@@ -351,6 +357,7 @@ def check_critic(flag: str, path: str, policy_config: Any) -> None:
         holds = "no value head" if head is None else f"a value head of {head.numel()} numbers"
         raise ValueError(f"{flag} {path}: holds {holds}; expected {size}")
     config = _read_config(flag, path)
+    require_unquantized(config, path, flag)
     for name in ("model_type", "vocab_size"):
         found, wanted = getattr(config, name, None), getattr(policy_config, name, None)
         if found != wanted:
@@ -369,6 +376,20 @@ def _read_problems(
         problems, tokenizer, cfg.prompt_tokens, template, drop=cfg.drop_bad_rows
     )
     return problems if cfg.reward else gradable(problems, grader, cfg.drop_bad_rows, source)
+
+
+def _warn_of_overlap(
+    problems: Sequence[Problem], of_set: Sequence[Problem], train_source: str, source: str
+) -> None:
+    """Say so where the problems of a held-out set are trained on, too; spaces may differ."""
+    trained = {" ".join(p.question.split()) for p in problems}
+    count = sum(" ".join(p.question.split()) in trained for p in of_set)
+    if count:
+        print(
+            f"WARNING: --eval-data {source}: {count} of its {len(of_set)} problems are in --data "
+            f"{train_source}, too: accuracy on them is not of held-out problems",
+            flush=True,
+        )
 
 
 def _check_replay(cfg: Config, vocab_size: int) -> None:
@@ -395,6 +416,9 @@ def _check_replay(cfg: Config, vocab_size: int) -> None:
         _require(whole or cfg.advantage != "grpo", cfg, "samples", why)
 
 
+ROUNDING = 1e-4  # what a kernel's log-probability of a certain token may be above 0
+
+
 def _unusable(r: Rollout, micro_tokens: int, vocab_size: int) -> str:
     """Why a saved rollout cannot be trained on; "" if it can."""
     ids = [*r.problem.prompt_ids, *r.token_ids]
@@ -404,6 +428,13 @@ def _unusable(r: Rollout, micro_tokens: int, vocab_size: int) -> str:
         return f"has an id that is not one of the model's {vocab_size}"
     if len(r.logprobs) != len(r.token_ids) or not all(map(_is_finite, [r.reward, *r.logprobs])):
         return "reward and logprobs must be finite numbers, one log-probability for each id"
+    if max(r.logprobs) > ROUNDING:
+        return f"has the log-probability {max(r.logprobs)}; none is above 0"
+    if r.finish_reason not in ("stop", "length"):
+        return f"finish: expected stop or length, found {r.finish_reason!r:.60}"
+    texts = (r.problem.source, r.problem.question, r.problem.answer, r.text, r.answer)
+    if not all(isinstance(text, str) for text in texts):
+        return "problem, question, gold, response and answer must be texts"
     if len(ids) > micro_tokens:
         return f"has {len(ids)} tokens, over --micro-tokens {micro_tokens}"
     return ""
@@ -467,22 +498,57 @@ def model_config(path: str) -> Any:
 
 
 def _read_config(flag: str, path: str) -> Any:
+    folder, why = Path(path), ""
+    if folder.is_file():
+        why = "it is a file"
+    elif (folder / "policy" / "config.json").is_file():
+        why = f"it is a run's folder; its model is {folder / 'policy'}"
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        why = "the folder has no config.json"
+    if why:
+        raise ValueError(f"{flag} {path}: not a folder or hub id with a readable model ({why})")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, **distributed.PLAIN_OUTPUT)
     except Exception as error:  # transformers raises many kinds for a damaged file
         raise ValueError(
-            f"{flag} {path}: not a folder or hub id with a readable model ({_first_line(error)})"
+            f"{flag} {path}: not a folder or hub id with a readable model ({first_line(error)})"
         ) from None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ValueError with one line if it cannot be read."""
+def require_unquantized(config: Any, path: str, flag: str = "--model") -> None:
+    """Raise ValueError for a model whose configuration says that its weights are quantized."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = dict(quantization).get("quant_method", "of an unknown kind")
+        raise ValueError(
+            f"{flag} {path}: its weights are quantized ({method}); take the model in bfloat16 or "
+            "float32 (evaluate.py --engine vllm leaves them to vLLM)"
+        )
+
+
+def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model with `vocab_size` tokens. Raises ValueError with one line if it
+    cannot be read or is not the model's."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises plain exceptions
         raise ValueError(
-            f"--model {path}: its tokenizer cannot be read ({_first_line(error)})"
+            f"--model {path}: its tokenizer cannot be read ({first_line(error)})"
         ) from None
+    # Where files are missing, transformers makes an empty tokenizer.
+    text = "1+1=2"
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if "".join(decoded.split()) != text:
+        raise ValueError(
+            f"--model {path}: its tokenizer turns {text!r} into {decoded!r}; are its files "
+            "(tokenizer.json, tokenizer_config.json) in the folder?"
+        )
+    needed = 1 + max(tokenizer.get_vocab().values())
+    if needed > vocab_size:
+        raise ValueError(
+            f"--model {path}: its tokenizer has {needed} tokens, the model {vocab_size}"
+        )
+    return tokenizer
 
 
 def _stored_value_head(flag: str, path: str) -> Any:
@@ -490,11 +556,12 @@ def _stored_value_head(flag: str, path: str) -> Any:
         return value_head(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{flag} {path}: its weights cannot be read ({_first_line(error)})"
+            f"{flag} {path}: its weights cannot be read ({first_line(error)})"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -505,7 +572,9 @@ SPARSE_LAYERS = {"indexed_attention", "compressed_sparse_attention", "minimax_m3
 def require_samplable(config: Any, path: str) -> None:
     """Raise ValueError, which names the type and the reason, for models that the transformers
     sampler would sample from wrongly: it pads prompts on the left, and gives the model a key-value
-    cache. `evaluate.check_sampler` sees the rest when the weights are loaded."""
+    cache; and for quantized ones. `evaluate.check_sampler` sees the rest when the weights are
+    loaded."""
+    require_unquantized(config, path)
     layers = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     why = ""
     if layers - SPARSE_LAYERS or AutoModelForCausalLM._model_mapping[type(config)]._is_stateful:
@@ -527,6 +596,8 @@ def require_trainable(config: Any, longest: int, path: str, with_critic: bool = 
 
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"--model {path}: cannot train a {config.model_type} model: {why}")
+
+    require_unquantized(config, path)
 
     parts = set(type(config).sub_configs) - {"attn_config", "ffn_config"}
     if parts:
@@ -588,19 +659,30 @@ def _run_without_weights(config: Any, longest: int) -> None:
             raise ValueError("its attention does not tell its sliding window")
 
 
-def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """The tokens that end a sequence: the tokenizer's, and those of the model's generation
-    settings. Raises ValueError if there are none."""
+    settings. Raises ValueError if there are none, if one is not a token of the model, and if the
+    generation settings cannot be read."""
+    listed = None
     try:
         listed = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        listed = None  # a folder need not have generation settings
-    if not isinstance(listed, list):
-        listed = [listed]
-    ids = {tokenizer.eos_token_id, *listed} - {None}
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        # A folder need not have generation settings.
+        if (Path(path) / "generation_config.json").exists():
+            raise ValueError(
+                f"--model {path}: its generation_config.json cannot be read ({first_line(error)})"
+            ) from None
+    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    ids = [token_id for token_id in ids if token_id is not None]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"--model {path}: its end-of-sequence token {token_id!r} is not one of the model's "
+                f"{vocab_size}; correct eos_token_id in generation_config.json"
+            )
     if not ids:
         raise ValueError(
             f"--model {path}: neither tokenizer nor generation config names an end-of-sequence "
             "token"
         )
-    return sorted(ids)
+    return sorted(set(ids))

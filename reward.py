@@ -7,10 +7,12 @@
 There is no format reward and no partial credit. A truncated response gets 0 whatever it holds.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 
 from data import Problem
@@ -18,6 +20,11 @@ from grading.pool import Grader
 from rollout import Rollout
 
 CustomReward = Callable[[str, Problem], float]
+
+
+class RewardError(Exception):
+    """What is wrong with a reward of your own, in one line. Its `__cause__` is the exception that
+    the function raised, or None if it returned what is no reward."""
 
 
 def score(
@@ -74,19 +81,36 @@ def _run_programs(rollouts: list[Rollout]) -> list[float]:
 
 
 def _call(custom_reward: CustomReward, r: Rollout) -> float:
-    """The points of a finished response; a truncated one gets 0 without a call."""
+    """The points of a finished response; a truncated one gets 0 without a call. Raises RewardError
+    when the function raises anything, or returns anything but a finite number."""
     if r.finish_reason != "stop":
         return 0.0
-    value = float(custom_reward(r.text, r.problem))
-    if not math.isfinite(value):
-        name = f"{custom_reward.__module__}:{custom_reward.__name__}"
-        raise ValueError(f"--reward {name}: gave {value} for a response to {r.problem.source}")
-    return value
+    where = f"for a response to {r.problem.source} ({r.problem.question[:60]!r})"
+    try:
+        value = custom_reward(r.text, r.problem)
+    except Exception as error:
+        raise RewardError(f"{_flag(custom_reward)} raised {_one_line(error)} {where}") from error
+    if not (isinstance(value, Real) and math.isfinite(value)):  # Real: bool, int, float, numpy's
+        found = f"{type(value).__name__} {value!r:.60}"
+        raise RewardError(
+            f"{_flag(custom_reward)} returned {found} {where}; expected a finite number"
+        )
+    return float(value)
+
+
+def _flag(custom_reward: CustomReward) -> str:
+    """The flag that named the function; other callables may have no name."""
+    name = getattr(custom_reward, "__qualname__", type(custom_reward).__name__)
+    return f"--reward {custom_reward.__module__}:{name}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def load_custom_reward(name: str) -> CustomReward | None:
     """The function that `--reward module:function` names, from the program's folder or the current
-    one; None for "". Raises ValueError when there is no such function."""
+    one; None for "". Raises ValueError when there is no such function of (response, problem)."""
     if not name:
         return None
     module, _, function = name.partition(":")
@@ -94,10 +118,19 @@ def load_custom_reward(name: str) -> CustomReward | None:
         sys.path.append(str(Path.cwd()))
     try:
         loaded = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever its code raises
         raise ValueError(
-            f"--reward {name}: expected module:function of a module that can be imported ({error})"
-        ) from None
+            f"--reward {name}: expected module:function of a module that can be imported "
+            f"({_one_line(error)})"
+        ) from error
     if not callable(loaded):
         raise ValueError(f"--reward {name}: is not a function")
+    try:
+        inspect.signature(loaded).bind("", None)
+    except TypeError as error:
+        raise ValueError(
+            f"--reward {name}: is no function of (response, problem) ({error})"
+        ) from None
+    except ValueError:
+        pass  # some functions of C do not tell
     return loaded

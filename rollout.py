@@ -251,6 +251,12 @@ def _sampled_tokens(completion: Any) -> SampledTokens:
     return SampledTokens(token_ids, logprobs, completion.finish_reason)
 
 
+def uses_vllm(cfg: BatchSettings) -> bool:
+    """Whether `cfg.engine` asks for vLLM; otherwise plain transformers sample."""
+    has_vllm = torch.cuda.is_available() and find_spec("vllm") is not None
+    return cfg.engine == "vllm" or (cfg.engine == "auto" and has_vllm)
+
+
 def open_sampler(
     cfg: BatchSettings,
     path: str,
@@ -261,11 +267,10 @@ def open_sampler(
     """The sampler that `cfg.engine` asks for. Open it before other models are loaded: vLLM takes
     its share of a GPU that is still empty, and then, with `asleep`, sleeps until the first sync.
     Without `asleep` it never sleeps."""
-    on_gpu = torch.cuda.is_available()
     dtype = cfg.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
-    if cfg.engine == "vllm" or (cfg.engine == "auto" and on_gpu and find_spec("vllm")):
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if uses_vllm(cfg):
         max_len = cfg.prompt_tokens + cfg.response_tokens
         sampler = VllmSampler(
             path,

@@ -10,6 +10,7 @@ Qwen2.5 model has the paper's settings by default, the tiny model its own.
 
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,7 @@ from policy import Policy, load_policy
 from preflight import Inputs, prepare, remove_empty
 from reports.log import RunLog, draw_run
 from reports.metrics import explained_variance, heldout_metrics, mean, rollout_metrics
+from reward import RewardError
 from rollout import (
     Rollout,
     VllmSampler,
@@ -171,11 +173,22 @@ def require_same_logprobs(cfg: Config, policy: Policy, rollouts: Sequence[Rollou
     num_samplers = min(distributed.world_size() // cfg.tensor_parallel, len(by_response))
     by_sampler = [torch.cat(by_response[s::num_samplers]).mean() for s in range(num_samplers)]
     gap = max(map(float, by_sampler))
+    if gaps.isnan().any():  # max() may pass over NaN
+        raise RuntimeError(_why_nan(policy, logp_sampler))
     if not gap <= cfg.max_logp_gap:
         raise RuntimeError(
             f"sampler and trainer differ by {gap:.3g} nats per token (limit --max-logp-gap "
             f"{cfg.max_logp_gap}): the sampler does not hold the policy's weights"
         )
+
+
+def _why_nan(policy: Policy, logp_sampler: Tensor) -> str:
+    """Why sampler and trainer cannot be compared."""
+    name = distributed.weight_not_finite(policy.model)
+    if name:
+        return f"the policy's weight {name} holds NaN or infinite numbers"
+    who = "sampler's" if logp_sampler.isnan().any() else "trainer's"
+    return f"the {who} log-probabilities are NaN: numbers in the model are too large"
 
 
 # ── the stages of a step ──────────────────────────────────────────────────────────────────────────
@@ -418,9 +431,13 @@ def save_models(cfg: Config, models: Models, inputs: Inputs, folder: Path) -> No
             export_model(models.critic, inputs.tokenizer, folder / "critic")
 
 
+ONE_LINE = (Refusal, RewardError, FloatingPointError, OSError)  # says all that is to be said
+
+
 def main() -> None:
     """Command line. What can be refused before the first step is refused in one line, as is a loss
-    that is not finite and a file that cannot be written; any other error keeps its traceback."""
+    that is not finite and a file that cannot be written; any other error keeps its traceback. What
+    a reward of your own raises keeps it, too, and the line says so."""
     cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
@@ -439,7 +456,9 @@ def main() -> None:
         sys.exit(f"train.py: {error}" if distributed.rank() == 0 else 1)
     try:
         folder = train(cfg, inputs)
-    except (Refusal, FloatingPointError, OSError) as error:  # perhaps on one rank alone
+    except ONE_LINE as error:  # perhaps on one rank alone
+        if isinstance(error, RewardError) and error.__cause__:
+            traceback.print_exception(error.__cause__)
         remove_empty(inputs.made)
         where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
         sys.exit(f"train.py: {where}{error}")

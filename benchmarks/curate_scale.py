@@ -26,6 +26,8 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks import flags
+from config import Count
 from curation import curate, formats
 
 FILES = (
@@ -47,7 +49,7 @@ HEADING = re.compile(
 class Settings:
     """Settings of the benchmark."""
 
-    rows: tyro.conf.Positional[int] = 129_000
+    rows: tyro.conf.Positional[Count] = 129_000
     """Number of rows to curate (§2.1.1: 129k)."""
 
 
@@ -97,7 +99,7 @@ def with_other_numbers(question: str, rng: random.Random) -> str:
 
 def main() -> None:
     """Make the rows in a temporary folder, curate them, and print what that took."""
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.curate_scale")
+    cfg = flags.parse(Settings, "curate_scale", __doc__)
     data = os.environ.get("ORZ_DATA")
     if data is None:
         sys.exit(

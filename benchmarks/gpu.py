@@ -44,6 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -64,7 +65,7 @@ import ppo
 from benchmarks import record
 from benchmarks.record import Row
 from checkpoint import Checkpoints, named_tensors
-from config import TINY, Config
+from config import TINY, Config, Seconds, validate_ranges
 from critic import Critic
 from data import Problem
 from distributed import Sharding
@@ -794,6 +795,15 @@ def measure(toy: bool, budget: float, out: Path) -> None:
     distributed.stop()
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    toy: bool
+    budget: Seconds
+    out: Path
+
+
 def main() -> None:
     # Not tyro, as in the other programs: this one has to start on GPU machines that lack it.
     parser = argparse.ArgumentParser(
@@ -806,8 +816,12 @@ def main() -> None:
         "--budget", type=float, default=440, help="seconds after which no measurement starts"
     )
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of gpu.json")
-    args = parser.parse_args()
-    measure(args.toy, args.budget, args.out)
+    settings = Settings(**vars(parser.parse_args()))
+    try:
+        validate_ranges(settings)
+    except ValueError as error:
+        sys.exit(f"benchmarks.gpu: {error}")
+    measure(settings.toy, settings.budget, settings.out)
 
 
 if __name__ == "__main__":

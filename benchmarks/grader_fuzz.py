@@ -32,23 +32,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 import data
+from benchmarks import flags
+from config import Count, Processes, Seed
 from grading.pool import Grade, Grader, Pair
 
 
 @dataclass(frozen=True)
 class Settings:
-    hostile: int = 10_000
+    hostile: Count = 10_000
     """Number of hostile answers."""
-    ordinary: int = 10_000
+    ordinary: Count = 10_000
     """Number of ordinary answers."""
-    repeats: int = 3
+    repeats: Count = 3
     """Number of repeats; the rates printed last are medians."""
-    workers: int = 2
+    workers: Processes = 2
     """Number of the grader's worker processes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the answers and of their order."""
 
 
@@ -342,7 +342,7 @@ def print_kinds(attack: list[Pair], graded: dict[Pair, Grade]) -> None:
 
 
 def main() -> None:
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.grader_fuzz")
+    cfg = flags.parse(Settings, "grader_fuzz", __doc__)
     attack = hostile(cfg.hostile, cfg.seed)
     taken = set(attack)
     plain = [pair for pair in ordinary(cfg.ordinary, cfg.seed) if pair not in taken]

@@ -26,16 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import tyro
-
-from benchmarks import record
+from benchmarks import flags, record
 from benchmarks.grader_agreement import as_response, data_folder, read_rows
+from config import Count
 from grading.pool import Grader, Pair
 
 
 @dataclass(frozen=True)
 class Settings:
-    rounds: int = 3
+    rounds: Count = 3
     """Number of rounds; each measures one worker, then two."""
 
 
@@ -93,7 +92,7 @@ def measure(workers: int, responses: list[str], golds: list[str]) -> dict[str, f
 
 
 def main() -> None:
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.grader_speed")
+    cfg = flags.parse(Settings, "grader_speed", __doc__)
     try:
         rows = read_rows(data_folder() / "responses" / "responses.jsonl")
     except ValueError as error:

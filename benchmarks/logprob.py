@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
+from benchmarks import flags
 from benchmarks.record import Row, record
+from config import Count
 from policy import TokenLogProbs
 
 V = 151_936
@@ -54,7 +55,7 @@ CASES = [Case(2048, 256, "float32"), Case(4096, 256, "float32"), Case(2048, 256,
 class Settings:
     """Settings of the benchmark."""
 
-    rounds: int = 2
+    rounds: Count = 2
     """Number of measurements of each method."""
 
 
@@ -157,7 +158,7 @@ def table(found: dict[tuple[Case, str], list[Figures]]) -> list[Row]:
 
 
 def main() -> None:
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.logprob")
+    cfg = flags.parse(Settings, "logprob", __doc__)
     found: dict[tuple[Case, str], list[Figures]] = {
         (case, method): [] for case in CASES for method in METHODS
     }

@@ -33,14 +33,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import distributed
 import ppo
 import train
+from benchmarks import flags
 from benchmarks.record import Row, record
-from config import Config, Sampling
+from config import Config, Count, Sampling
 from critic import load_critic
 from data import Problem
 from gae import normalize_advantages
@@ -90,7 +90,7 @@ COMPARED = {
 class Settings:
     """Settings of the benchmark."""
 
-    rounds: int = 3
+    rounds: Count = 3
     """Number of times that every setting is measured."""
 
 
@@ -337,7 +337,7 @@ def notes(rounds: int) -> list[str]:
 
 
 def main() -> None:
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.scaling")
+    cfg = flags.parse(Settings, "scaling", __doc__)
     torch.set_num_threads(1)
     quiet()
     title = "A step as length, batch and vocabulary double"

@@ -1,16 +1,20 @@
 """Compare this program with TRL on a CPU: its critic PPO and its GRPO.
 
-    python -m benchmarks.vs_trl [--lengths 8 64 256] [--episodes 640] [--rounds 2]
+    python -m benchmarks.vs_trl [--lengths 8 64 256] [--episodes 640] [--seeds 5]
+    python -m benchmarks.vs_trl --print      what the pages quote, from the recorded results
 
 All programs train the same Qwen2 of 0.1M random weights on the same 256 prompts of 8 to 24 tokens,
 with as many episodes, 32 an optimizer step, at the same learning rate. The reward is 1 if more than
 half of a response's ids are odd. T = 1, top-p 1, γ = λ = 1, no KL, float32, one thread. PPO samples
 one response to each of 32 prompts and takes one step of policy and critic. GRPO samples 8 responses
-to each of 4 prompts. Only the end-of-sequence token or the length ends a response.
+to each of 4 prompts. Only the end-of-sequence token or the length ends a response. What else is
+alike in a pair, and what is not, is in benchmarks/vs_trl_worker.py.
 
-Each run is a new process (benchmarks/vs_trl_worker.py), and programs take turns. The releases of
-TRL are 1.12.0, the last that has a critic PPO, and 1.16.0 for GRPO. On first use, each is installed
-into a virtual environment under .cache/peers.
+Each seed has weights and prompts of its own. Each run is a new process, and programs take turns. A
+finished run is kept under .cache/vs_trl, in a folder for this revision: the same command continues
+where it was stopped. The releases of TRL are 1.12.0, the last that has a critic PPO, and 1.16.0 for
+GRPO. On first use, each is installed into a virtual environment under .cache/peers, with the same
+torch and transformers as here.
 
 | column | meaning |
 |---|---|
@@ -18,63 +22,67 @@ into a virtual environment under .cache/peers.
 | loop s, CPU s | seconds of the training loop, and processor seconds in it, with children |
 | process s | seconds of the whole process: imports, loading, loop, export |
 | peak GB | peak memory of the process, and what its children hold at the end of the loop |
-| reward | mean reward in each quarter of the steps |
-| speed ×, memory × | episodes per second and peak memory / TRL's in the same round |
+| reward | mean reward in the last quarter of the steps |
+| sampling %, forward % | share of the loop that samples; of that, transformers' own passes |
+| speed ×, memory × | episodes per second and peak memory / TRL's with the same seed |
+| reward − TRL's | difference of the rewards with the same seed |
+| low, high | the 95 % t-interval of the mean over seeds; of two seeds, both values |
 
-Figures are medians over the rounds; rewards are means.
+Figures are means over the seeds. results/vs_trl.png shows speed and learning.
 """
 
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 import tyro
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from benchmarks.record import Row, record
-from benchmarks.vs_trl_worker import BATCH, PROMPT_END, RATE, Run
+from benchmarks.record import RESULTS, record
+from benchmarks.vs_trl_report import TITLES, Runs, draw, pages, rows
+from benchmarks.vs_trl_worker import BATCH, PROMPT_END, RATE, Figures, Run
+from config import Range, validate_ranges
+from curation.files import write_atomically
+from reports import log
 from tools.lock import pin
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = "vs_trl_worker"
+KEPT = ROOT / ".cache" / "vs_trl"  # figures of finished runs
+RESULT = RESULTS / "vs_trl.json"
 RELEASES = {"trl-ppo": "1.12.0", "trl-grpo": "1.16.0"}
-TITLES = {
-    "ours-ppo": "this, PPO",
-    "trl-ppo": "TRL PPO",
-    "ours-grpo": "this, GRPO",
-    "trl-grpo": "TRL GRPO",
-}
-PEERS = {"ours-ppo": "trl-ppo", "ours-grpo": "trl-grpo"}
 NUM_PROMPTS = 256
 VOCABULARY = 1024
 EOS = "<|endoftext|>"
 
-Figures = dict[str, Any]  # what a run leaves
-Round = dict[str, Figures]  # program → its figures
+# The model has 1,024 positions, and the longest prompt 24 tokens.
+Length = Annotated[int, Range(1, 1000)]
+Episodes = Annotated[int, Range(4 * BATCH, 10**6)]
+Seeds = Annotated[int, Range(1, 100)]
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the benchmark."""
 
-    lengths: tuple[int, ...] = (8, 64, 256)
+    lengths: tuple[Length, ...] = (8, 64, 256)
     """Most tokens of a response; all programs run at each length."""
-    episodes: int = 640
+    episodes: Episodes = 640
     """Episodes of each run, a multiple of 32."""
-    rounds: int = 2
-    """Number of runs of each program at each length, with different seeds."""
+    seeds: Seeds = 5
+    """Number of runs of each program at each length, each with a seed of its own."""
+    print: bool = False
+    """Print what the pages quote of results/vs_trl.json, and run nothing."""
 
 
 # ── what all programs train ───────────────────────────────────────────────────────────────────────
@@ -89,9 +97,9 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def make_model(eos: int) -> Qwen2ForCausalLM:
+def make_model(eos: int, seed: int) -> Qwen2ForCausalLM:
     """0.1M random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -111,12 +119,13 @@ def make_model(eos: int) -> Qwen2ForCausalLM:
     return model
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, seed: int) -> None:
     """Write the model, its tokenizer and the prompts."""
+    folder.mkdir(exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    make_model(tokenizer.eos_token_id).save_pretrained(folder)
-    rng = random.Random(0)
+    make_model(tokenizer.eos_token_id, seed).save_pretrained(folder)
+    rng = random.Random(seed)
     with (folder / "prompts.jsonl").open("w") as file:
         for i in range(NUM_PROMPTS):
             letters = rng.choices("abcdefghijklmnopqrstuvwxyz", k=7 + i % 17)
@@ -128,14 +137,16 @@ def prepare(folder: Path) -> None:
 
 
 def install(release: str) -> str:
-    """The interpreter of a virtual environment with this release of TRL, made if there is none."""
+    """The interpreter of a virtual environment with this release of TRL, made if there is none. Its
+    torch and transformers are this program's."""
     folder = ROOT / ".cache" / "peers" / f"trl-{release}"
     interpreter, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.exists():
+    packages = [pin("torch"), pin("transformers"), f"trl=={release}"]
+    if not complete.exists() or complete.read_text().split() != packages:
         venv.create(folder, clear=True, with_pip=True)
-        pip = [interpreter, "-m", "pip", "install", "--quiet", pin("torch"), f"trl=={release}"]
+        pip = [interpreter, "-m", "pip", "install", "--quiet", *packages]
         subprocess.run(pip, check=True, stdout=sys.stderr)
-        complete.touch()
+        complete.write_text("\n".join(packages))
     return str(interpreter)
 
 
@@ -164,88 +175,77 @@ def start(run: Run) -> Figures:
     figures = json.loads(done.stdout.splitlines()[-1])
     figures["process"] = time.perf_counter() - began
     rate = run.episodes / figures["seconds"]
-    progress = f"round {run.seed}, length {run.length}: {TITLES[run.program]} {rate:.1f} episodes/s"
+    progress = f"seed {run.seed}, length {run.length}: {TITLES[run.program]} {rate:.1f} episodes/s"
     print(progress, file=sys.stderr, flush=True)
     return figures
 
 
-# ── the table ─────────────────────────────────────────────────────────────────────────────────────
+def finish(run: Run, kept: Path) -> Figures:
+    """The figures of a run: those in the folder `kept`, or of the run that is started now."""
+    file = kept / f"{run.name}.json"
+    if not file.exists():
+        write_atomically(file, [json.dumps(start(run))])
+    return json.loads(file.read_text())
 
 
-def row(program: str, length: int, episodes: int, rounds: list[Round]) -> Row:
-    """The row of a program at a length."""
-
-    def median(figure: Callable[[Figures], float]) -> float:
-        return statistics.median(figure(one[program]) for one in rounds)
-
-    cells = {
-        "length": length,
-        "tokens": median(lambda f: f["tokens"]),
-        "program": TITLES[program],
-        "episodes/s": median(lambda f: episodes / f["seconds"]),
-        "tokens/s": median(lambda f: episodes * f["tokens"] / f["seconds"]),
-        "loop s": median(lambda f: f["seconds"]),
-        "CPU s": median(lambda f: f["cpu"]),
-        "process s": median(lambda f: f["process"]),
-        "peak GB": median(lambda f: f["gb"]),
-        "reward": " ".join(quarters([one[program]["rewards"] for one in rounds])),
-    }
-    peer = PEERS.get(program)
-    if peer:
-        speeds = [one[peer]["seconds"] / one[program]["seconds"] for one in rounds]
-        memories = [one[program]["gb"] / one[peer]["gb"] for one in rounds]
-        cells["speed ×"] = statistics.median(speeds)
-        cells["memory ×"] = statistics.median(memories)
-    return cells
+def measure(cfg: Settings) -> Runs:
+    """All runs, seed by seed, so that a comparison is whole as early as possible."""
+    runs: Runs = {(program, length): [] for length in cfg.lengths for program in TITLES}
+    kept = KEPT / log.revision()
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(cfg.seeds):
+            inputs = Path(folder, f"seed-{seed}")
+            prepare(inputs, seed)
+            for program, length in runs:
+                run = Run(program, str(inputs), length, cfg.episodes, seed)
+                runs[program, length].append(finish(run, kept))
+    return runs
 
 
-def quarters(curves: list[list[float]]) -> list[str]:
-    """Mean reward of all rounds in each quarter of the steps.
-
-    >>> quarters([[0, 0, 0, 1, 1, 1, 1, 1]])
-    ['0.00', '0.50', '1.00', '1.00']
-    """
-    size = max(1, len(curves[0]) // 4)
-    means = []
-    for start in range(0, 4 * size, size):
-        rewards = [reward for curve in curves for reward in curve[start : start + size]]
-        means.append(f"{statistics.mean(rewards):.2f}")
-    return means
+# ── the program ───────────────────────────────────────────────────────────────────────────────────
 
 
-def versions(programs: Round) -> str:
-    """The libraries of TRL's runs."""
-    return "; ".join(
-        f"{TITLES[program]}: trl {release}, {programs[program]['versions']}"
+def validate(cfg: Settings) -> None:
+    """Refuse settings with which nothing can be measured: ValueError."""
+    validate_ranges(cfg)
+    if not cfg.lengths:
+        raise ValueError("--lengths: pass at least one")
+    if len(set(cfg.lengths)) < len(cfg.lengths):
+        raise ValueError(f"--lengths {' '.join(map(str, cfg.lengths))}: one of them occurs twice")
+    if cfg.episodes % BATCH:
+        raise ValueError(f"--episodes {cfg.episodes}: must be a multiple of {BATCH}")
+    if cfg.print and not RESULT.exists():
+        raise ValueError(f"--print: {RESULT} does not exist; run without --print first")
+
+
+def notes(cfg: Settings, runs: Runs) -> list[str]:
+    """What the table does not say: settings, and the libraries of TRL's runs."""
+    libraries = [
+        f"{TITLES[program]}: trl {release}, {runs[program, cfg.lengths[0]][0]['versions']}"
         for program, release in RELEASES.items()
-    )
+    ]
+    return [
+        f"{cfg.episodes} episodes a run, {BATCH} a step, learning rate {RATE}; means of "
+        f"{cfg.seeds} seeds.",
+        f"{'; '.join(libraries)}.",
+    ]
 
 
 def main() -> None:
     cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.vs_trl")
-    if cfg.episodes % BATCH or cfg.episodes < 4 * BATCH:
-        sys.exit(
-            f"benchmarks.vs_trl: --episodes {cfg.episodes}: must be a multiple of {BATCH}, at "
-            f"least {4 * BATCH}"
-        )
+    try:
+        validate(cfg)
+    except ValueError as error:
+        sys.exit(f"benchmarks.vs_trl: {error}")
+    if cfg.print:
+        print(pages(json.loads(RESULT.read_text())))
+        return
     for release in RELEASES.values():
         install(release)
-    rows: list[Row] = []
-    rounds: list[Round] = []
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        for length in cfg.lengths:
-            rounds = []
-            for seed in range(cfg.rounds):
-                runs = {p: Run(p, folder, length, cfg.episodes, seed) for p in TITLES}
-                rounds.append({program: start(run) for program, run in runs.items()})
-            rows += [row(program, length, cfg.episodes, rounds) for program in TITLES]
-    notes = [
-        f"{cfg.episodes} episodes a run, {BATCH} a step, learning rate {RATE}; medians of "
-        f"{cfg.rounds} rounds.",
-        f"{versions(rounds[0])}.",
-    ]
-    record("vs_trl", "Beside TRL's PPO and GRPO", rows, notes)
+    runs = measure(cfg)
+    draw(runs, RESULT.with_suffix(".png"))
+    record("vs_trl", "Beside TRL's PPO and GRPO", rows(runs), notes(cfg, runs))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,19 @@
 The argument holds the fields of `Run`; the last line printed holds the figures. A virtual
 environment with TRL lacks this project's dependencies, so the file imports what a run needs where
 it needs it.
+
+Alike in a pair: the base model, the prompts, the reward, the episodes of an optimizer step, T = 1,
+top-p 1, AdamW with its betas and no weight decay, a constant learning rate, one optimizer step an
+iteration, and the mean of the loss over the tokens of the batch. With PPO: γ = λ = 1, no KL, the
+value head's distribution and seed, normalized advantages, and gradients that are not clipped, since
+TRL's PPO cannot clip them. With GRPO: groups of 8, and gradients clipped at norm 1. What differs:
+
+- The order of the prompts and the random numbers.
+- TRL's PPO divides advantages by the standard deviation with n − 1 tokens, here with n. Its value
+  loss also counts the position after an EOS. It clips values at 0.2, which has no effect at the
+  first step after sampling. It runs a reference model even without KL.
+- TRL's GRPO divides by a group's standard deviation with n − 1 responses, plus 1e-4; here with n.
+  Here the advantages are then normalized over the tokens of the batch.
 """
 
 import json
@@ -26,9 +39,12 @@ BATCH = 32  # episodes of an optimizer step
 GROUP = 8  # responses of a GRPO group
 RATE = 1e-3  # learning rate
 BETAS = (0.9, 0.95)  # of AdamW
+CLIPPING = 1.0  # of the gradient norm with GRPO
+NO_CLIPPING = 1e9  # with PPO: TRL's has no clipping
 PROMPT_END = "?"  # ends every prompt, and is nowhere else in it
 
 Curve = list[dict[str, float]]  # mean reward and mean tokens of each batch
+Figures = dict[str, Any]  # what a run leaves
 
 
 class Run(NamedTuple):
@@ -42,7 +58,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.program}-{self.length}-{self.seed}"
+        return f"{self.program}-{self.length}-{self.episodes}-{self.seed}"
 
 
 class Usage(NamedTuple):
@@ -87,6 +103,15 @@ def usage() -> Usage:
     return Usage(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), children)
 
 
+def spent(before: Usage, after: Usage) -> Figures:
+    """Seconds and processor seconds between two readings, and the peak memory until now."""
+    return {
+        "seconds": after.seconds - before.seconds,
+        "cpu": after.cpu - before.cpu,
+        "gb": gigabytes("self", "status", "VmHWM") + after.children_gb,
+    }
+
+
 def gigabytes(pid: int | str, file: str, field: str) -> float:
     """A field of /proc/<pid>/<file>, which is in units of 1,024 bytes."""
     lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
@@ -101,8 +126,9 @@ def load_prompts(folder: str) -> list[dict[str, Any]]:
 # ── this program ──────────────────────────────────────────────────────────────────────────────────
 
 
-def train_ours(run: Run, curve: Curve) -> tuple[Usage, Usage]:
-    """Train with this program and export; returns what was used before the loop and after it."""
+def train_ours(run: Run, curve: Curve) -> Figures:
+    """Train with this program and export; returns what the loop used. Of its seconds, `sampling`
+    are the sampler's, and of these, `forward` are those of the passes of transformers' model."""
     import train
     from benchmarks.step_overhead import run_step
     from reports.log import RunLog
@@ -115,32 +141,51 @@ def train_ours(run: Run, curve: Curve) -> tuple[Usage, Usage]:
     models = train.load_models(cfg, inputs.model_path)
     sync_weights(sampler, models.policy)
     log = RunLog(run_folder, cfg)
+    forward = time_forward(sampler.model)
+    sampling = 0.0
     before = usage()
     with log:
         for step in range(cfg.steps):
-            run_step(cfg, inputs, sampler, models, log, step)
+            _, phases = run_step(cfg, inputs, sampler, models, log, step)
+            sampling += phases["sample"]
     after = usage()
     train.save_models(cfg, models, inputs, run_folder)
     sampler.close()
-    return before, after
+    return spent(before, after) | {"sampling": sampling, "forward": sum(forward)}
+
+
+def time_forward(model: Any) -> list[float]:
+    """Seconds of each forward pass of a model from now on; the list grows with them."""
+    seconds = []
+    forward = model.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        out = forward(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return out
+
+    model.forward = timed
+    return seconds
 
 
 def our_settings(run: Run) -> Any:
+    """The settings that the docstring of this file lists."""
     from config import Config
 
-    prompts, samples, advantage = BATCH, 1, "gae"
     if run.program == "ours-grpo":
-        prompts, samples, advantage = BATCH // GROUP, GROUP, "grpo"
+        method = {"prompts": BATCH // GROUP, "samples": GROUP, "advantage": "grpo"}
+        method |= {"max_grad_norm": CLIPPING}
+    else:
+        method = {"prompts": BATCH, "samples": 1, "advantage": "gae"}
+        method |= {"max_grad_norm": NO_CLIPPING}
     return Config(
         model=run.folder,
         runs=str(Path(run.folder, "runs")),
         name=run.name,
         seed=run.seed,
         engine="transformers",
-        advantage=advantage,
         steps=run.episodes // BATCH,
-        prompts=prompts,
-        samples=samples,
         prompt_tokens=32,
         response_tokens=run.length,
         critic_steps=1,
@@ -149,6 +194,7 @@ def our_settings(run: Run) -> Any:
         policy_lr_warmup=0,
         critic_lr_warmup=0,
         checkpoint_every=0,
+        **method,
     )
 
 
@@ -159,7 +205,7 @@ def our_inputs(run: Run, curve: Curve) -> Any:
     from transformers import AutoTokenizer
 
     from data import Problem
-    from preflight import Inputs, eos_ids
+    from preflight import Inputs, eos_ids, model_config
     from rollout import Rollout
 
     def score(rollouts: list[Rollout]) -> list[Rollout]:
@@ -176,7 +222,7 @@ def our_inputs(run: Run, curve: Curve) -> Any:
     return Inputs(
         model_path=run.folder,
         tokenizer=tokenizer,
-        eos=eos_ids(run.folder, tokenizer),
+        eos=eos_ids(run.folder, tokenizer, model_config(run.folder).vocab_size),
         problems=problems,
         eval_problems=[],
         resume_from=None,
@@ -188,7 +234,7 @@ def our_inputs(run: Run, curve: Curve) -> Any:
 # ── TRL ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_trl_ppo(run: Run, curve: Curve) -> tuple[Usage, Usage]:
+def train_trl_ppo(run: Run, curve: Curve) -> Figures:
     """The same with TRL's PPO. Its padding is an id outside of the vocabulary, which it never shows
     to a model. It would take an id that can be sampled for the end of a response."""
     from datasets import Dataset
@@ -213,6 +259,9 @@ def train_trl_ppo(run: Run, curve: Curve) -> tuple[Usage, Usage]:
     )
     prompt_ids = [prompt["ids"] for prompt in load_prompts(run.folder)]
     value_model = AutoModelForSequenceClassification.from_pretrained(run.folder, num_labels=1)
+    head = value_model.score.weight.data
+    generator = torch.Generator().manual_seed(run.seed)
+    head.normal_(0, 1 / (head.shape[1] + 1), generator=generator)  # as critic.load_critic
     trainer = PPOTrainer(
         args=args,
         processing_class=tokenizer,
@@ -250,7 +299,7 @@ class RewardModel(torch.nn.Module):
         return hidden
 
 
-def train_trl_grpo(run: Run, curve: Curve) -> tuple[Usage, Usage]:
+def train_trl_grpo(run: Run, curve: Curve) -> Figures:
     """The same with TRL's GRPO."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -293,6 +342,7 @@ def trainer_settings(run: Run) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "adam_beta1": BETAS[0],
         "adam_beta2": BETAS[1],
+        "max_grad_norm": CLIPPING,  # without effect in PPO
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -302,18 +352,18 @@ def trainer_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def measured_training(trainer: Any) -> tuple[Usage, Usage]:
-    """Train and export; returns what was used before the training and after it."""
+def measured_training(trainer: Any) -> Figures:
+    """Train and export; returns what the training used."""
     before = usage()
     trainer.train()
     after = usage()
     trainer.save_model()
-    return before, after
+    return spent(before, after)
 
 
 # ── the run ───────────────────────────────────────────────────────────────────────────────────────
 
-TRAININGS: dict[str, Callable[[Run, Curve], tuple[Usage, Usage]]] = {
+TRAININGS: dict[str, Callable[[Run, Curve], Figures]] = {
     "ours-ppo": train_ours,
     "trl-ppo": train_trl_ppo,
     "ours-grpo": train_ours,
@@ -324,13 +374,10 @@ TRAININGS: dict[str, Callable[[Run, Curve], tuple[Usage, Usage]]] = {
 def main() -> None:
     run = Run(**json.loads(sys.argv[1]))
     curve: Curve = []
-    before, after = TRAININGS[run.program](run, curve)
+    figures = TRAININGS[run.program](run, curve)
     if len(curve) != run.episodes // BATCH:
         sys.exit(f"{run.program}: {len(curve)} batches were graded, not {run.episodes // BATCH}")
-    figures = {
-        "seconds": after.seconds - before.seconds,
-        "cpu": after.cpu - before.cpu,
-        "gb": gigabytes("self", "status", "VmHWM") + after.children_gb,
+    figures |= {
         "rewards": [batch["reward"] for batch in curve],
         "tokens": statistics.mean(batch["tokens"] for batch in curve),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),

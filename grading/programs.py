@@ -33,10 +33,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from config import Count, Range, validate_ranges
 from grading import sandbox
 
 UNPACKED = 1 << 30  # bytes of a row's tests; a few kilobytes of zlib data can unpack to far more
@@ -351,14 +352,18 @@ class SelfTest:
     kind how many passed and the rate.
     """
 
-    programs: int = 100
+    programs: Count = 100
     """Number of programs of each kind."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     """Number of programs at a time; 0: one per CPU core of this process."""
 
 
 def main() -> None:
     cfg = tyro.cli(SelfTest, prog="python -m grading.programs")
+    try:
+        validate_ranges(cfg)
+    except ValueError as error:
+        sys.exit(f"grading.programs: {error}")
     problem = sandbox.unavailable()
     if problem:
         sys.exit(f"grading.programs: {problem}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
@@ -72,6 +72,8 @@ SHARE = (0, 1.02)
 FROM_ZERO = (0, None)
 REWARD = ("reward", "reward")  # metric, label of its axis
 LENGTH = ("length", "response length [tokens]")
+# What an evaluation has beside metrics: how it was sampled and graded, a checksum of its problems
+SETTINGS, PROBLEMS = "settings", "problems_crc32"
 FIGURES = {  # file name → title, panels
     "reward_length": (
         "Reward and response length (as Fig. 2)",
@@ -199,7 +201,7 @@ def group(folders: Sequence[Path]) -> dict[str, list[Path]]:
     of a run does not have is off. Raises ValueError if an arm has a seed twice: counting one run as
     two would narrow the band.
     """
-    configs = {folder: json.loads((folder / "config.json").read_text()) for folder in folders}
+    configs = {folder: _settings(folder) for folder in folders}
     settings = {folder: learning_settings(config) for folder, config in configs.items()}
     known = dict.fromkeys(name for of_run in settings.values() for name in of_run)
     differing = [
@@ -214,6 +216,20 @@ def group(folders: Sequence[Path]) -> dict[str, list[Path]]:
             names = ", ".join(map(str, arm))
             raise ValueError(f"{names}: two have the same settings and seed; name only one of them")
     return arms
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run. Raises ValueError when its folder does not have them."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: not a run folder, it has no config.json; expected runs/NAME")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(config, dict) or "seed" not in config:
+        raise ValueError(f"{folder}: not a run folder, its config.json is not a run's")
+    return config
 
 
 def learning_settings(config: dict) -> dict[str, str]:
@@ -248,8 +264,28 @@ def figures(folder: Path) -> list[Path]:
 
 
 def load_records(path: Path) -> list[Record]:
-    """The records of metrics.jsonl or evaluations.jsonl, see `read_jsonl`."""
-    return [line.value for line in read_jsonl(path, warn=True)]
+    """The records of metrics.jsonl or evaluations.jsonl, see `read_jsonl`. Raises ValueError, with
+    the line, for a record without a step and for a metric that is no number."""
+    records = []
+    for line in read_jsonl(path, warn=True):
+        if not isinstance(line.value, dict) or "step" not in line.value:
+            raise ValueError(f'{path}: line {line.number}: expected an object with "step"')
+        for name, value in line.value.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number and name != SETTINGS:
+                found = f"{name}: expected a number, found {value!r:.60}"
+                raise ValueError(f"{path}: line {line.number}: {found}")
+        records.append(line.value)
+    return records
+
+
+def comparable(evaluations: Sequence[Record], problems: bool = True) -> list[Record]:
+    """Those of a run's evaluations that were made like the last one: with the same settings of
+    sampling and grading and, with `problems`, on the same problems. A resumed run may have changed
+    them. Early versions did not record them: then all are."""
+    names = (SETTINGS, PROBLEMS) if problems else (SETTINGS,)
+    last = evaluations[-1]
+    return [e for e in evaluations if all(e.get(n, last.get(n)) == last.get(n) for n in names)]
 
 
 def heldout_panels(evaluations: Sequence[Record]) -> list[Panel]:
@@ -396,10 +432,9 @@ def _draw_curves(
         high = [point.high for point in points]
         if any(point.low < point.high for point in points):
             axes.fill_between(steps, low, high, color=style.color, alpha=0.15, linewidth=0)
-    if evaluations:
-        steps = [record["step"] for record in evaluations]
-        rewards = [record["reward"] for record in evaluations]
-        axes.plot(steps, rewards, "ko", label="held-out problems")
+    rewards = {record["step"]: record["reward"] for record in evaluations if "reward" in record}
+    if rewards:
+        axes.plot(list(rewards), list(rewards.values()), "ko", label="held-out problems")
     axes.set(xlabel="step", ylabel=label, ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
@@ -508,29 +543,42 @@ def _add_legend(figure: "Figure", caption: str) -> None:
 def is_finished(folder: Path) -> bool:
     """Whether a run was evaluated after its last step and has ended. A run writes summary.json also
     when it ends with an error."""
-    config, summary = folder / "config.json", folder / "summary.json"
-    if not (config.is_file() and summary.is_file()):
+    if not ((folder / "config.json").is_file() and (folder / "summary.json").is_file()):
         return False
-    steps = json.loads(config.read_text()).get("steps")
+    steps = _settings(folder).get("steps")
     return load_records(folder / "evaluations.jsonl")[-1]["step"] == steps
 
 
 def table(folders: Sequence[Path]) -> str:
-    """One row for each finished run: held-out metrics before and after training, and seconds."""
+    """One row for each finished run: held-out metrics before and after training, and seconds. Of a
+    run that changed how it evaluates, only what can be compared, and a line that says so."""
     columns = {"reward": ("accuracy", 16, ".3f"), "length": ("length", 14, ".1f")}
     columns |= {name: (name, 16, ".3f") for name in ("format", "reflection")}
     headings = [f"{heading:>{width}}" for heading, width, _ in columns.values()]
     lines = [" ".join([f"{'run':24s}", *headings, " seconds"])]
+    notes = []
     for folder in folders:
         evaluations = load_records(folder / "evaluations.jsonl")
-        before, after = evaluations[0], evaluations[-1]
-        seconds = json.loads((folder / "summary.json").read_text())["seconds"]
+        *before, after = comparable(evaluations)
+        if before[:1] != evaluations[:1]:
+            what = f"before is after {before[0]['step']} steps" if before else "nothing to compare"
+            notes.append(f"{folder.name}: {what}; earlier it had other settings or problems")
         cells = [f"{folder.name:24s}"]
         for metric, (_, width, form) in columns.items():
-            change = f"{before[metric]:{form}} → {after[metric]:{form}}"
+            first = f"{before[0].get(metric, math.nan):{form}}" if before else "–"
+            change = f"{first} → {after.get(metric, math.nan):{form}}"
             cells.append(f"{change:>{width}}")
-        lines.append(" ".join([*cells, f"{seconds:8.0f}"]))
-    return "\n".join(lines)
+        lines.append(" ".join([*cells, f"{_seconds(folder):8.0f}"]))
+    return "\n".join([*lines, *notes])
+
+
+def _seconds(folder: Path) -> float:
+    """How long a finished run took. Raises ValueError when its summary.json does not say so."""
+    file = folder / "summary.json"
+    try:
+        return float(json.loads(file.read_bytes())["seconds"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f'{file}: expected an object with "seconds" ({error})') from None
 
 
 @dataclass(frozen=True)
@@ -557,15 +605,16 @@ def main() -> None:
             print(folder, *(path.name for path in figures(folder)))
         if arms:
             print(_compare_runs(arms, options.out or folders[0]))
+        evaluated = [folder for folder in folders if load_records(folder / "evaluations.jsonl")]
+        finished = [folder for folder in evaluated if is_finished(folder)]
+        rows = table(finished)
     except (ValueError, OSError) as error:
         sys.exit(f"reports.figures: {error}")
-    evaluated = [folder for folder in folders if load_records(folder / "evaluations.jsonl")]
-    finished = [folder for folder in evaluated if is_finished(folder)]
     for folder in evaluated:
         if folder not in finished:
             print(f"{folder}: not finished, so not in the table")
     if finished:
-        print(table(finished))
+        print(rows)
 
 
 def _compare_runs(arms: dict[str, list[Path]], out: Path) -> Path:

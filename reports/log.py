@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -51,8 +52,10 @@ from checkpoint import (
     remove_tree,
     set_aside_newer,
     step_of,
+    without_effect,
 )
 from curation.files import progress_bar, write_atomically
+from reports.figures import PROBLEMS, SETTINGS, comparable
 from reports.metrics import heldout_metrics
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
@@ -70,6 +73,9 @@ COLUMNS = {  # metric → (heading, width, format)
     "seconds": ("sec", 5, ".1f"),
     "left": ("left", 6, "s"),
 }
+# Settings that decide what an evaluation measures; a resumed run may change them.
+EVALUATED_WITH = """reward require_boxed grader_seconds temperature top_p response_tokens
+    template""".split()
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files that grow
 
 
@@ -269,10 +275,13 @@ class RunLog:
             for file in origin.glob("heldout-*.jsonl"):
                 with self._writing(self.folder / file.name):
                     shutil.copyfile(file, self.folder / file.name)
-        changed = changed_settings(resume_from, self.config)
-        differs = ", ".join(f"{name} {then} → {now}" for name, (then, now) in changed.items())
-        suffix = f" with {differs}" if differs else ""
-        self.console.print(f"going on from {resume_from.path}{suffix}")
+        reasons = without_effect(resume_from, self.config)
+        differs = []
+        for name, (then, now) in changed_settings(resume_from, self.config).items():
+            reason = f" (no effect: {reasons[name]})" if name in reasons else ""
+            differs.append(f"{name} {then} → {now}{reason}")
+        suffix = f" with {', '.join(differs)}" if differs else ""
+        self.console.print(f"going on from {resume_from.path}{suffix}", markup=False)
 
     def _restore_spent(self, resume_from: Checkpoint) -> None:
         """The time that the run had taken at the checkpoint. Early versions did not record it: then
@@ -434,6 +443,8 @@ class RunLog:
         """Record held-out metrics after `step` updates in evaluations.jsonl, as events and as a
         line, and keep the responses."""
         record = {"step": step, "responses": len(rollouts)} | _finite(metrics)
+        record[SETTINGS] = {name: getattr(self.config, name) for name in EVALUATED_WITH}
+        record[PROBLEMS] = zlib.crc32(json.dumps(sorted(set(map(_asked, rollouts)))).encode())
         with self._writing(self.records[1]):
             print(json.dumps(record), file=self.evaluations, flush=True)
         if self.writes:
@@ -463,26 +474,32 @@ class RunLog:
         answered twice: the first that was learned, and the first that is still wrong.
 
         A run that was resumed may have other held-out problems than it began with: then only those
-        that it had at both times are compared.
+        that it had at both times are compared. It may sample or grade in another way: then "before"
+        is the first evaluation that was made like the last one.
         """
         if not self.writes:
             return
         evaluations = map(json.loads, self.records[1].read_text().splitlines())
         by_step = {record["step"]: record for record in evaluations}
-        if not {0, self.config.steps} <= by_step.keys():
+        last = self.config.steps
+        if not {0, last} <= by_step.keys():
+            return
+        first = self._first_comparable(by_step)
+        if first == last:
             return
         try:
             before, after = (
                 load_rollouts(self.folder / f"heldout-{step}.jsonl", with_ids=False)
-                for step in (0, self.config.steps)
+                for step in (first, last)
             )
         except (OSError, ValueError) as error:
             self.console.print(f"no comparison of before and after: {error}", markup=False)
             return
-        metrics = [by_step[0], by_step[self.config.steps]]
+        metrics = [by_step[first], by_step[last]]
         if list(map(_asked, before)) != list(map(_asked, after)):
             both = set(map(_asked, before)) & set(map(_asked, after))
-            self.console.print(f"other held-out problems than at the start; {len(both)} in both")
+            since = "at the start" if first == 0 else f"after {first} steps"
+            self.console.print(f"other held-out problems than {since}; {len(both)} in both")
             if not both:
                 return
             before, after = ([r for r in rs if _asked(r) in both] for rs in (before, after))
@@ -490,6 +507,18 @@ class RunLog:
             after = _in_order_of(before, after)
         self.console.print(_before_after(*metrics))
         self._print_examples(before, after)
+
+    def _first_comparable(self, by_step: dict[int, dict[str, Any]]) -> int:
+        """The first evaluation that was made like the last one; says why when it is not that of the
+        start."""
+        last = self.config.steps
+        first = comparable([*by_step.values()], problems=False)[0]["step"]
+        if first > 0:
+            then, now = by_step[0][SETTINGS], by_step[last][SETTINGS]
+            changed = (f"{n} {then.get(n)!r} → {now[n]!r}" for n in now if then.get(n) != now[n])
+            what = f"before is after {first} steps" if first < last else "nothing to compare with"
+            self.console.print(f"since the start {', '.join(changed)}: {what}", markup=False)
+        return first
 
     def _print_examples(self, before: list[Rollout], after: list[Rollout]) -> None:
         pairs = list(zip(before, after, strict=True))

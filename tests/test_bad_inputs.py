@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     MambaConfig,
@@ -40,11 +42,13 @@ import config
 import evaluate
 import preflight
 import train
+from benchmarks import curate_scale, gpu, grader_fuzz, grader_speed, logprob, scaling, vs_trl
 from config import Range
 from curation import curate
 from data import Problem
 from evaluate import Evaluation
 from experiments import run
+from grading import programs
 from grading.pool import Grader
 from reports import figures, page
 from rollout import Rollout, save_rollouts
@@ -61,6 +65,14 @@ PROGRAMS: dict[str, Callable[[], None]] = {
     "page": page.main,
     "run": run.main,
     "tiny": tiny.main,
+    "vs_trl": vs_trl.main,
+    "programs": programs.main,
+    "curate_scale": curate_scale.main,
+    "fuzz": grader_fuzz.main,
+    "speed": grader_speed.main,
+    "logprob": logprob.main,
+    "scaling": scaling.main,
+    "gpu": gpu.main,
 }
 # What its lines begin with.
 NAMES = {
@@ -72,6 +84,14 @@ NAMES = {
     "page": "reports.page",
     "run": "experiments.run",
     "tiny": "toy.tiny",
+    "vs_trl": "benchmarks.vs_trl",
+    "programs": "grading.programs",
+    "curate_scale": "benchmarks.curate_scale",
+    "fuzz": "benchmarks.grader_fuzz",
+    "speed": "benchmarks.grader_speed",
+    "logprob": "benchmarks.logprob",
+    "scaling": "benchmarks.scaling",
+    "gpu": "benchmarks.gpu",
 }
 # Flags that are right, to which a row adds its bad one.
 RIGHT = {
@@ -353,17 +373,51 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     head = {"score.weight": torch.zeros(1, 64)}
     save_file(head, folder / "mamba-critic" / "model.safetensors")
     BertLMHeadModel(small(BertConfig, tokenizer)).save_pretrained(folder / "bert")
-    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert"):
+    falcon = small(FalconConfig, tokenizer)
+    falcon.alibi = True
+    FalconForCausalLM(falcon).save_pretrained(folder / "falcon")
+    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert", "falcon"):
         tokenizer.save_pretrained(folder / name)
     (copied("no-weights") / "model.safetensors").unlink()
-    few = load_file(model / "model.safetensors")
-    del few["model.norm.weight"]
-    save_file(few, copied("few-weights") / "model.safetensors", {"format": "pt"})
+    make_wrong_weights(model, copied)
+    make_wrong_settings(model, copied)
     (copied("no-eos") / "generation_config.json").unlink()
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (folder / "no-eos" / "tokenizer_config.json").write_text(
         json.dumps(settings | {"eos_token": None})
     )
+
+
+def make_wrong_weights(model: Path, copied: Callable[..., Path]) -> None:
+    """Weights that are missing, left over, not finite, or tied by the configuration alone."""
+    weights = load_file(model / "model.safetensors")
+    norm, embedding = weights["model.norm.weight"], weights["model.embed_tokens.weight"]
+    changes = {
+        "few-weights": {"model.norm.weight": None},
+        "more-weights": {"model.layers.9.mlp.up_proj.weight": norm.clone()},
+        "nan-weights": {"model.norm.weight": norm.index_fill(0, torch.tensor(3), torch.nan)},
+        "infinite-weights": {"model.norm.weight": norm.index_fill(0, torch.tensor(3), torch.inf)},
+        "two-heads": {"lm_head.weight": embedding.flip(0)},
+    }
+    for name, change in changes.items():
+        changed = {key: tensor for key, tensor in (weights | change).items() if tensor is not None}
+        save_file(changed, copied(name) / "model.safetensors", {"format": "pt"})
+
+
+def make_wrong_settings(model: Path, copied: Callable[..., Path]) -> None:
+    """Folders that lack a small file, or whose small files promise what the model does not have."""
+    (copied("no-config") / "config.json").unlink()
+    copied("a-run/policy")
+    for file in copied("no-tokenizer").glob("tokenizer*"):
+        file.unlink()
+    copied("generation-cut", "generation_config.json", "{")
+    for name, file, change in (
+        ("eos-outside", "generation_config.json", {"eos_token_id": [1, 10**5]}),
+        ("eos-text", "generation_config.json", {"eos_token_id": "</s>"}),
+        ("quantized", "config.json", {"quantization_config": {"quant_method": "awq", "bits": 4}}),
+    ):
+        settings = json.loads((model / file).read_text()) | change
+        copied(name, file, json.dumps(settings))
 
 
 def small(config: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -400,6 +454,10 @@ def make_replays(folder: Path) -> None:
         "nan-reward": {"reward": float("nan")},
         "text-reward": {"reward": "1"},
         "text-tokens": {"tokens": "two"},
+        "above-zero": {"logprobs": [-1.0, 0.5]},
+        "abort": {"finish": "abort"},
+        "no-finish": {"finish": None},
+        "list-response": {"response": ["x"]},
         "long": {"ids": [5] * 600, "logprobs": [-1.0] * 600, "tokens": 600},
     }
     for name, change in changes.items():
@@ -453,6 +511,13 @@ SETTINGS = {
     "curate": curate.Recipe,
     "run": run.Options,
     "tiny": tiny.Settings,
+    "vs_trl": vs_trl.Settings,
+    "programs": programs.SelfTest,
+    "fuzz": grader_fuzz.Settings,
+    "speed": grader_speed.Settings,
+    "logprob": logprob.Settings,
+    "scaling": scaling.Settings,
+    "gpu": gpu.Settings,
 }
 
 
@@ -578,6 +643,29 @@ ROWS = [
     Row("evaluate", "--model WEIGHTS-CUT", "its weights cannot be read"),
     Row("ask", "--model WEIGHTS-TEXT", "its weights cannot be read"),
     Row("train", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("evaluate", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("ask", "--model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("evaluate", "--model MORE-WEIGHTS", "model.layers.9.mlp.up_proj.weight is not part of"),
+    Row("ask", "--model MORE-WEIGHTS", "model.layers.9.mlp.up_proj.weight is not part of"),
+    Row("train", "--model NAN-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("evaluate", "--model NAN-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("ask", "--model INFINITE-WEIGHTS", "the weight model.norm.weight holds NaN or infinite"),
+    Row("train", "--model TWO-HEADS", "ties lm_head.weight to model.embed_tokens.weight, but"),
+    Row("evaluate", "--model TWO-HEADS", "ties lm_head.weight to model.embed_tokens.weight, but"),
+    Row("train", "--model NO-CONFIG", "(the folder has no config.json)"),
+    Row("evaluate", "--model A-RUN", "(it is a run's folder; its model is "),
+    Row("train", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("evaluate", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("ask", "--model NO-TOKENIZER", "its tokenizer turns '1+1=2' into ''; are its files"),
+    Row("train", "--model EOS-OUTSIDE", "token 100000 is not one of the model's"),
+    Row("evaluate", "--model EOS-OUTSIDE", "token 100000 is not one of the model's"),
+    Row("ask", "--model EOS-TEXT", "token '</s>' is not one of the model's"),
+    Row("train", "--model GENERATION-CUT", "its generation_config.json cannot be read"),
+    Row("train", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("evaluate", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("ask", "--model QUANTIZED", "its weights are quantized (awq)"),
+    Row("evaluate", "--model SMALL-VOCABULARY", "its tokenizer has"),
+    Row("ask", "--model SMALL-VOCABULARY", "its tokenizer has"),
     Row("train", "--model NO-WEIGHTS", "no-weights"),
     Row("train", "--model T5-MODEL", "a t5 model is not a causal language model"),
     Row("evaluate", "--model T5-MODEL", "a t5 model is not a causal language model"),
@@ -610,6 +698,10 @@ ROWS = [
     Row("train", "--replay REPLAY/nan-reward", "line 16: reward and logprobs must be"),
     Row("train", "--replay REPLAY/text-reward", "line 16: reward and logprobs must be"),
     Row("train", "--replay REPLAY/text-tokens", "step-1.jsonl"),
+    Row("train", "--replay REPLAY/above-zero", "line 16: has the log-probability 0.5; none is"),
+    Row("train", "--replay REPLAY/abort", "finish: expected stop or length, found 'abort'"),
+    Row("train", "--replay REPLAY/no-finish", "step-1.jsonl: line 16: finish: expected stop or"),
+    Row("train", "--replay REPLAY/list-response", "line 16: problem, question, gold, response"),
     Row("train", "--replay REPLAY/long", "line 16: has 602 tokens, over --micro-tokens 512"),
     Row("train", "--replay REPLAY/whole --samples 8 --advantage grpo", "--samples 8"),
     Row("train", "--replay REPLAY/whole --samples 3 --advantage grpo", "--samples 3"),
@@ -640,6 +732,7 @@ ROWS = [
     Row("evaluate", "--tensor-parallel 2", "--tensor-parallel 2: only vLLM shares a model"),
     Row("evaluate", "--vllm-memory 0.3", "--vllm-memory 0.3: has no effect with --engine"),
     Row("evaluate", "--model MAMBA", "cannot sample from a mamba model: it carries a state"),
+    Row("evaluate", "--model FALCON", "cannot sample from this model: ValueError: too many"),
     Row("evaluate", "--model BERT", "--engine transformers cannot sample from this model"),
     Row("evaluate", "--model NO-WEIGHTS", "no-weights"),
     Row("responses", "--responses BAD/graded.jsonl --samples 4", "--samples 4: has no effect with"),
@@ -710,6 +803,8 @@ ROWS = [
     Row("tiny", "--out MODEL", "is not empty; name a new folder"),
     Row("tiny", "--out GOOD", "good.json"),
     Row("figures", "absent-run", "absent-run"),
+    Row("figures", "RUN RUN-NO-CONFIG", "run-no-config: not a run folder, it has no config.json"),
+    Row("figures", "RUN RUN-CONFIG", "config.json: not JSON"),
     Row("figures", "RUN-METRICS", "metrics.jsonl: line 1: not JSON"),
     Row("figures", "RUN-NO-METRICS", "run-no-metrics"),
     Row("page", "absent-run", "absent-run: not a run folder"),
@@ -719,9 +814,16 @@ ROWS = [
     Row("page", "RUN-EVALUATIONS", "evaluations.jsonl: line 1: not JSON"),
     Row("page", "RUN-ROLLOUTS", "rollouts.jsonl: line 1: not JSON"),
     Row("page", "RUN-SUMMARY", "summary.json: not JSON"),
+    Row("vs_trl", "--lengths", "--lengths: pass at least one"),
+    Row("vs_trl", "--lengths 8 0", "--lengths 0: must be above 0"),
+    Row("vs_trl", "--lengths 8 1001", "--lengths 1001: must not be above 1000"),
+    Row("vs_trl", "--lengths 8 8", "--lengths 8 8: one of them occurs twice"),
+    Row("vs_trl", "--episodes 650", "--episodes 650: must be a multiple of 32"),
     Row("run", "", "expected all, or of"),
     Row("run", "nonsense", "found nonsense"),
     Row("run", "all nonsense", "found nonsense"),
+    Row("curate_scale", "0", "--rows 0: must be above 0"),
+    Row("curate_scale", "9000000000", "--rows 9000000000: must not be above 1000000000"),
     *numeric_rows(),
     *data_rows(),
 ]
@@ -829,6 +931,15 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(
     assert row.line in line
 
 
+def test_held_out_problems_that_are_trained_on_are_counted(
+    refused: Callable[[str, str], Ended],
+) -> None:
+    """The run itself is refused for another reason, so that nothing is trained."""
+    done = refused("train", "--eval-data GOOD --prompts 9")
+    assert "good.json: 8 of its 8 problems are in --data" in done.out
+    assert "WARNING" not in refused("train", "--eval-data BAD/few.json --prompts 9").out
+
+
 def test_an_error_in_a_step_keeps_its_traceback(
     bench: Bench, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -843,6 +954,29 @@ def test_an_error_in_a_step_keeps_its_traceback(
     with pytest.raises(ValueError, match="shapes differ") as error:
         call(train.main, *words, "--steps", 1)
     assert not isinstance(error.value, train.Refusal)
+
+
+def test_an_error_of_a_reward_of_your_own_says_so(
+    bench: Bench, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OSError, too, which otherwise is about the run's own files. The traceback is of the
+    function; the last line names it, the problem and the error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reads.py").write_text("def f(response, problem):\n    open('absent')\n")
+
+    def finished(*given: Any) -> list[Rollout]:
+        return [replace(r, finish_reason="stop") for r in sample(*given)]
+
+    sample = train.sample_responses
+    monkeypatch.setattr(train, "sample_responses", finished)
+    words = [bench.path(word) for word in RIGHT["train"].split()]
+    done = call(train.main, *words, "--reward", "reads:f", "--runs", "runs")
+    assert done.code == 1
+    *before, last = done.err.splitlines()
+    assert last.startswith("train.py: --reward reads:f raised FileNotFoundError: ")
+    assert "good.json:" in last
+    assert "    open('absent')" in before
 
 
 def test_a_refused_run_leaves_the_folders_of_others(

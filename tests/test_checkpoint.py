@@ -1,9 +1,12 @@
 """checkpoint.py: checkpoints are complete or absent, other programs load the exports, and refusals
 are one line. rollout.py: saved rollouts can be trained on again."""
 
+import json
 import resource
 import shutil
+import signal
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,45 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(
     assert "--resume auto" in message
 
 
+def test_settings_that_only_count_at_the_start(
+    flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on has its critic already."""
+    older = ("--resume", str(whole / "checkpoints" / "step-3"))
+    for name, value in (("value-head", "zeros"), ("init-critic", str(whole / "critic"))):
+        message = refusal(flags, *older, f"--{name}", value)
+        assert message.startswith(f"--{name} {value}: has no effect with --resume: the critic is")
+    message = refusal(flags, *older, "--anneal-steps", "3")
+    assert message.startswith("--anneal-steps 3: counts from step 0 and is over at")
+    prepare(parse([*flags, "--name", "anneal", *older, "--anneal-steps", "4"])).grader.close()
+    last = ("--resume", str(whole / "checkpoints" / f"step-{STEPS}"))
+    run(flags, "--name", "at-the-end", *last, "--policy-lr", "1e-4")
+    said = capsys.readouterr().out
+    assert "policy_lr 0.001 → 0.0001 (no effect: nothing is left to train)" in said
+
+
+def test_changed_settings_without_an_effect() -> None:
+    """What may have changed for a good reason is no error: a folder that moved, a flag left out."""
+
+    def reasons(step: int, then: Config, **now: Any) -> dict[str, str]:
+        settings = json.loads(json.dumps(asdict(then)))
+        saved = checkpoint.Checkpoint(Path("step"), {"step": step, "settings": settings})
+        return checkpoint.without_effect(saved, replace(then, **now))
+
+    base = Config(critic_steps=3, critic_lr_warmup=9)
+    assert reasons(3, base, temperature=0.5, anneal_steps=9) == {}
+    assert reasons(2, base, critic_lr_warmup=1) == {}
+    assert reasons(3, base, critic_lr_warmup=10) == {}
+    assert reasons(3, base, critic_lr_warmup=1) == {"critic_lr_warmup": "the warm-up is over"}
+    of_checkpoint = "the weights are the checkpoint's"
+    assert reasons(1, base, model="moved") == {"model": of_checkpoint}
+    assert reasons(1, replace(base, kl_loss=0.1), model="moved") == {}
+    assert reasons(1, replace(base, init_critic="x"), init_critic="") == {
+        "init_critic": of_checkpoint
+    }
+    assert reasons(1000, base, lam=0.9) == {"lam": "nothing is left to train"}
+
+
 def trained_policy(folder: Path) -> Trained:
     """A policy and its optimizer, as checkpoints hold them."""
     policy = load_policy(str(folder))
@@ -180,6 +222,37 @@ def test_training_continues_while_a_checkpoint_is_written(
     loaded = trained_policy(model_folder)
     checkpoint.load_checkpoint(checkpoint.read_checkpoint(tmp_path / "step-1"), loaded)
     assert all(torch.equal(t, before[name]) for name, t in named_tensors(loaded).items())
+
+
+def test_a_repeated_signal_is_one_request(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun passes on the signal that its ranks got, too. A signal much later acts at once."""
+    acted: list[int] = []
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: acted.append(number))
+        with (
+            pytest.raises(SystemExit) as ended,
+            Checkpoints(tmp_path, Config(checkpoint_every=0), trained_policy(model_folder)) as kept,
+        ):
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+                clock[0] += 0.05
+            kept.step(1, last=False, records=[])
+        signal.raise_signal(signal.SIGTERM)  # while the process ends
+        assert not acted
+        clock[0] += checkpoint.REPEATS
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert acted == [signal.SIGTERM]
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in by_step(tmp_path)] == ["step-1"]
 
 
 def test_a_full_disk_is_reported_and_the_older_checkpoint_kept(

@@ -1,13 +1,18 @@
 """evaluate.py as its user calls it: tables, files, resuming, and what it refuses."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+import transformers
 from conftest import Ended, orz_data, write_orz
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from evaluate import main
@@ -76,7 +81,7 @@ def test_vllm_evaluates_two_models_in_one_process(
     flags = ["--model", model_folder, untied_folder, "--benchmarks", sums_file, *QUICK]
     flags += ["--engine", "vllm", "--out", tmp_path]
     command = [sys.executable, evaluate.__file__, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/results.json"))) == 2
 
@@ -183,6 +188,69 @@ def test_a_corrected_gold_is_graded_again_and_nothing_is_sampled(
     after = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(r["gold"], r["reward"], r["response"]) for r in after] == [("11", 1.0, right)] * 4
     assert json.loads(file.with_name("results.json").read_text())["sums"]["reward"] == 1
+
+
+def test_another_model_under_the_same_name_is_not_continued(
+    tmp_path: Path, model_folder: Path, sums_file: Path, call: Callable[..., Ended]
+) -> None:
+    """Also where the files keep their sizes and times."""
+    model = Path(shutil.copytree(model_folder, tmp_path / "a" / "model"))
+    flags = ["--model", model, "--benchmarks", sums_file, *QUICK, "--limit", "1"]
+    flags += ["--out", tmp_path / "out"]
+    assert call(main, *flags).code == 0
+    before = evaluate.fingerprint(str(model))
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        file = model / name
+        content, time = file.read_bytes(), file.stat().st_mtime_ns
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(file, ns=(time, time))
+        after = evaluate.fingerprint(str(model))
+        assert [n for n in before if before[n] != after[n]] == [name]
+        if name != "model.safetensors":
+            file.write_bytes(content)
+    done = call(main, *flags)
+    assert done.code == 1 and "(the model's model.safetensors changed)" in done.err
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache laid out as the hub's own."""
+    cache = tmp_path / "models--acme--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("c0" * 20)
+    shutil.copytree(model_folder, cache / "snapshots" / ("c0" * 20))
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert evaluate.fingerprint("acme/tiny") == {"commit": "c0" * 20}
+
+
+def test_results_without_the_models_files_are_not_continued(
+    tmp_path: Path, model_folder: Path, sums_file: Path, call: Callable[..., Ended]
+) -> None:
+    """Whether they are of this model is unknown."""
+    flags = ["--model", model_folder, "--benchmarks", sums_file, *QUICK, "--limit", "1"]
+    flags += ["--out", tmp_path]
+    assert call(main, *flags).code == 0
+    (file,) = tmp_path.glob("*/settings.json")
+    settings = json.loads(file.read_text())
+    del settings["files"]
+    file.write_text(json.dumps(settings))
+    done = call(main, *flags)
+    assert done.code == 1 and "the model's files were not recorded" in done.err
+    assert call(main, *flags, "--overwrite").code == 0
+
+
+def test_numbers_that_overflow_between_the_layers_are_named(
+    tmp_path: Path, model_folder: Path, sums_file: Path, call: Callable[..., Ended]
+) -> None:
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    flags = ["--model", model, "--benchmarks", sums_file, *QUICK, "--out", tmp_path / "out"]
+    done = call(main, *flags)
+    assert done.code == 1 and "its log-probabilities are NaN, though its weights" in done.err
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ def reward(response: str, problem: Problem) -> float:
     return float(len(response) % 2 == 0)
 
 
+def other_reward(response: str, problem: Problem) -> float:
+    """Another one."""
+    return float(len(response) % 3 == 0)
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> list:
     """A run of a tenth of a second a step, with held-out problems and a checkpoint a step."""
@@ -325,6 +330,12 @@ def test_a_full_disk_at_the_export(
 # ── held-out sets that change, and results of earlier attempts ────────────────────────────────────
 
 
+def without(flags: list[str], flag: str) -> list[str]:
+    """The flags, but for one and its value."""
+    at = flags.index(flag)
+    return flags[:at] + flags[at + 2 :]
+
+
 def changed_sets(flags: list[str]) -> dict[str, list[str]]:
     data = Path(flags[3])
     items = json.loads(data.read_text())
@@ -332,13 +343,11 @@ def changed_sets(flags: list[str]) -> dict[str, list[str]]:
     other.write_text(json.dumps(items[2:7]))
     new = data.with_name("new.json")
     new.write_text(json.dumps(items[6:]))
-    at = flags.index("--eval-data")
-    without = flags[:at] + flags[at + 2 :]
-    every = without.index("--eval-every")
+    no_sets = without(flags, "--eval-data")
     return {
-        "none": without[:every] + without[every + 2 :],
-        "other": [*without, "--eval-data", str(other)],
-        "new": [*without, "--eval-data", str(new)],
+        "none": without(no_sets, "--eval-every"),
+        "other": [*no_sets, "--eval-data", str(other)],
+        "new": [*no_sets, "--eval-data", str(new)],
         "samples": [*flags, "--eval-samples", "2"],
     }
 
@@ -363,6 +372,20 @@ def test_resuming_with_other_held_out_problems(
             assert f"other held-out problems than at the start; {both} in both" in said
     train.draw_run(damaged)
     assert "report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", ["1", "2"])
+def test_the_closing_table_begins_where_the_reward_changed(
+    flags: list[str], damaged: Path, every: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run resumed after step 4, evaluated after 5 and 6, or only after 6."""
+    capsys.readouterr()
+    go_on(flags, "--reward", "test_faults:other_reward", "--eval-every", every)
+    said = capsys.readouterr().out
+    changed = "since the start reward 'test_faults:reward' → 'test_faults:other_reward': "
+    shown = "before is after 5 steps" if every == "1" else "nothing to compare with"
+    assert changed + shown in said
+    assert ("before" in said.replace(shown, "")) == (every == "1")
 
 
 def test_a_damaged_held_out_file_is_only_said(
@@ -481,6 +504,8 @@ def test_inputs_in_the_run_folder_are_refused(
 def test_rollouts_to_replay_in_the_run_folder_are_refused(flags: list[str]) -> None:
     folder = run(flags, "--name", "saved", "--save-rollouts", "--steps", "1")
     before = contents(folder)
+    for flag in ("--reward", "--eval-data", "--eval-every"):  # of no effect with --replay: refused
+        flags = without(flags, flag)
     more = ("--overwrite", "--steps", "1", "--replay", str(folder / "rollouts"))
     assert "is in the run's own folder" in refusal(flags, "--name", "saved", *more)
     assert contents(folder) == before

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,64 @@ def test_lines_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
         figures.load_records(file)
 
 
+def test_a_record_that_is_no_record_of_metrics(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    bad = {
+        '{"step": 1, "reward": "0.5"}': "reward: expected a number, found '0.5'",
+        '{"step": 1, "reward": null}': "reward: expected a number, found None",
+        '{"step": "1", "reward": 1}': "step: expected a number, found '1'",
+        '{"step": 1, "length": [1]}': "length: expected a number",
+        '{"reward": 1}': 'expected an object with "step"',
+        "[1]": 'expected an object with "step"',
+    }
+    for line, why in bad.items():
+        file.write_text('{"step": 0, "reward": NaN}\n' + line + "\n")
+        with pytest.raises(ValueError, match=re.escape(f"metrics.jsonl: line 2: {why}")) as error:
+            figures.load_records(file)
+        assert "\n" not in str(error.value)
+
+
+def test_the_table_compares_what_was_evaluated_alike(tmp_path: Path) -> None:
+    """A resumed run may evaluate with another reward, or on other problems. Early versions recorded
+    neither."""
+    folder = run(tmp_path / "a")
+    first, last = EVALUATIONS
+    middle = first | {"step": 1, "reward": 0.3}
+    default = {"settings": {"reward": ""}, "problems_crc32": 1}
+    kinds = {
+        "early": {},
+        "default": default,
+        "mine": default | {"settings": {"reward": "mine:f"}},
+        "others": default | {"problems_crc32": 2},
+    }
+    for shown, made in (
+        ("0.000 → 0.800", "default default default"),
+        ("0.000 → 0.800", "early early mine"),
+        ("0.000 → 0.800", "mine default mine"),
+        ("0.300 → 0.800", "default mine mine"),
+        ("0.300 → 0.800", "default others others"),
+        ("– → 0.800", "mine mine default"),
+    ):
+        records = zip((first, middle, last), made.split(), strict=True)
+        write(folder / "evaluations.jsonl", [record | kinds[kind] for record, kind in records])
+        text = figures.table([folder])
+        assert shown in text, made
+        assert ("other settings or problems" in text) == (shown[:5] != "0.000"), made
+
+
+def test_a_damaged_summary(
+    tmp_path: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {})
+    folder = run(tmp_path / "a")
+    for text in ("{oops", "[1]", "{}", '{"seconds": "x"}'):
+        (folder / "summary.json").write_text(text)
+        ended = call(figures.main, folder)
+        assert ended.code == 1
+        assert len(ended.err.splitlines()) == 1
+        assert 'summary.json: expected an object with "seconds"' in ended.err
+
+
 def test_folders_that_are_no_runs(tmp_path: Path, call: Callable[..., Ended]) -> None:
     def message(*words: object) -> str:
         ended = call(figures.main, *words)
@@ -230,7 +289,7 @@ def test_folders_that_are_no_runs(tmp_path: Path, call: Callable[..., Ended]) ->
     assert message().startswith("reports.figures: expected at least one run folder")
     assert "metrics.jsonl: no such file, or no whole step" in message(tmp_path)
     refused = message(run(tmp_path / "a"), tmp_path)
-    assert "No such file" in refused and "config.json" in refused
+    assert f"{tmp_path}: not a run folder, it has no config.json" in refused
 
 
 def test_help_opens_with_what_the_program_does(call: Callable[..., Ended]) -> None:

@@ -18,6 +18,7 @@ from conftest import write_orz
 from test_paper import defined
 
 import train
+from benchmarks import logprob
 from config import Config, parse
 from curation.curate import Recipe
 from evaluate import Evaluation
@@ -89,7 +90,8 @@ def test_file_map_is_the_tree() -> None:
     folders = {f"{name}/" for name in visible(ROOT) if (ROOT / name).is_dir()}
     assert set(listed) == {path.name for path in ROOT.glob("*.py")} | folders
     for folder in folders:
-        files = visible(ROOT / folder) - {"__init__.py"}
+        names = visible(ROOT / folder) - {"__init__.py"}
+        files = {name for name in names if (ROOT / folder / name).is_file()}
         named = set(re.findall(r"[\w-]+\.(?:py|html|txt)", listed[folder]))
         assert named <= files, (folder, named - files)
         if folder.rstrip("/") in ("grading", "curation", "reports", "tools", "toy"):
@@ -439,3 +441,14 @@ def test_results_are_what_the_benchmarks_left() -> None:
     assert made == (ROOT / "benchmarks" / "RESULTS.md").read_text()
     for program, _ in commands(made):
         assert program in MODULES, program
+
+
+def test_recorded_columns_are_those_that_the_program_writes() -> None:
+    """A column that is renamed in benchmarks/logprob.py is renamed in what it left, too."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "logprob.json").read_text())["rows"]
+    figures = dict.fromkeys(("forward s", "backward s", "sum s", "GB", "error"), 1.0)
+    found = {(case, m): [figures] for case in logprob.CASES for m in logprob.METHODS}
+    made = logprob.table(found)
+    assert [list(row) for row in rows] == [list(row) for row in made]
+    labels = ("tokens × H", "inputs", "method")
+    assert [[row[n] for n in labels] for row in rows] == [[row[n] for n in labels] for row in made]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicLayer, PreTrainedTokenizerBase
 
 import data
+import hf_sampler
 from config import STOP, Config, Sampling
 from data import Problem
 from hf_sampler import HFSampler, sample_token
@@ -156,6 +158,20 @@ def test_a_sampler_with_other_weights_is_refused(
         require_same_logprobs(cfg, policy, rollouts)
 
 
+def test_nan_at_the_start_is_named(model_folder: Path, problems: list[Problem]) -> None:
+    """It is not said that the sampler has other weights. With several samplers, too, of which only
+    the last is wrong."""
+    policy = load_policy(str(model_folder))
+    rollouts = [Rollout(p, [5, 6], [-1.0, -1.0], "stop", "") for p in problems[:3]]
+    rollouts[2].logprobs[1] = math.nan
+    with pytest.raises(RuntimeError, match=r"^the sampler's log-probabilities are NaN"):
+        require_same_logprobs(Config(), policy, rollouts)
+    with torch.no_grad():
+        policy.model.model.norm.weight[3] = math.nan
+    with pytest.raises(RuntimeError, match=r"^the policy's weight model\.norm\.weight holds NaN"):
+        require_same_logprobs(Config(), policy, rollouts)
+
+
 def test_untied_models_sync(
     kind: str, untied_folder: Path, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> None:
@@ -207,6 +223,29 @@ def test_responses_end_where_they_should(
             assert r.token_ids[-1] == tokenizer.eos_token_id
             ends.add("eos")
     assert ends == {"stop string", "eos", "length"}
+
+
+def truth_values(mask: Tensor, max_tokens: int, dtype: torch.dtype) -> Tensor:
+    """In the place of `hf_sampler.additive`: the same mask as bool."""
+    return torch.nn.functional.pad(mask, (0, max_tokens), value=True)[:, None, None]
+
+
+def test_growing_buffers_change_no_bit(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens and log-probabilities are those of transformers' own cache, which appends by copying,
+    and of a mask of truth values; also when responses leave the batch and buffers grow twice."""
+    sampler = open_sampler("transformers", base_folder, tokenizer)
+    prompts = [p.prompt_ids for p in problems[:4] for _ in range(4)]
+    sampling = Sampling(3 * max(map(len, prompts)))
+    grown = sampler.generate(prompts, range(16), sampling)
+    monkeypatch.setattr(hf_sampler, "GrowingLayer", DynamicLayer)
+    monkeypatch.setattr(hf_sampler, "additive", truth_values)
+    assert sampler.generate(prompts, range(16), sampling) == grown
+    assert len({len(r.token_ids) for r in grown}) > 4
 
 
 def test_sampled_tokens_follow_the_distribution() -> None:

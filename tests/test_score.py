@@ -4,6 +4,8 @@ reports/metrics.py: what a table of results shows."""
 import json
 import math
 import random
+from collections.abc import Callable
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
@@ -51,8 +53,50 @@ def test_custom_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: 
     for name in ("mine_reward:long", "no_such_module:f", "mine_reward", "math:pi"):
         with pytest.raises(ValueError, match=f"--reward {name}: "):
             reward.load_custom_reward(name)
-    with pytest.raises(ValueError, match="gave nan for a response to set:1"):
-        reward.score([answered(problem, "12")], grader, lambda response, problem: math.nan)
+
+
+def test_a_custom_reward_that_fails_names_function_problem_and_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grader: Grader
+) -> None:
+    problem = Problem("set.json:7", "2+2=? " + "please " * 20, "4")
+
+    def said(function: Callable) -> str:
+        with pytest.raises(reward.RewardError) as error:
+            reward.score([answered(problem, "4")], grader, function)
+        assert "\n" not in str(error.value)
+        for part in (f"--reward {__name__}:", "for a response to set.json:7 ('2+2=? please"):
+            assert part in str(error.value)
+        return str(error.value)
+
+    def opens(response: str, problem: Problem) -> float:
+        return float(Path("no such file").read_text())
+
+    assert "opens raised FileNotFoundError: [Errno 2] No such file" in said(opens)
+    assert "raised ZeroDivisionError: division by zero for" in said(lambda *_: 1 / 0)
+    for value in (None, "1", [1.0], 1j, math.nan, math.inf):
+        assert f"returned {type(value).__name__} {value!r} for" in said(lambda *_, v=value: v)
+    for value in (True, 1, 0.5, Fraction(1, 2)):
+        (rollout,) = reward.score([answered(problem, "4")], grader, lambda *_, v=value: v)
+        assert rollout.reward == float(value)
+        assert isinstance(rollout.reward, float)
+
+
+def test_a_module_of_rewards_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = {
+        "reward_syntax": "def f(:",
+        "reward_name": "no_such_name",
+        "reward_file": "open('no such file')",
+    }
+    for module, content in contents.items():
+        Path(f"{module}.py").write_text(content)
+        with pytest.raises(ValueError, match=f"--reward {module}:f: expected .*Error: ") as error:
+            reward.load_custom_reward(f"{module}:f")
+        assert "\n" not in str(error.value)
+    Path("reward_takes.py").write_text("def one(response): pass\ndef any(*given): return 1")
+    assert reward.load_custom_reward("reward_takes:any")
+    with pytest.raises(ValueError, match=r"reward_takes:one: is no function of \(response, prob"):
+        reward.load_custom_reward("reward_takes:one")
 
 
 def test_heldout_metrics_have_the_reward_of_each_set(grader: Grader) -> None:

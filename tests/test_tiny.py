@@ -1,7 +1,10 @@
 """toy/tiny.py: the task is right, its tokenizer is lossless, its folder loads with transformers."""
 
+import json
+import math
 import random
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import data
 from grading.extract import extract
-from toy import tiny
+from toy import ship, tiny
 
 FORMAT = re.compile(r" [^<>]*</think> <answer> \\boxed\{(\d+)\} </answer>")
 
@@ -214,6 +217,84 @@ def test_an_interrupted_ensure_leaves_nothing(
     folder = tiny.ensure(5, tmp_path)
     assert tiny.ensure(5, tmp_path) == folder == next(tmp_path.iterdir())
     assert made == [5] and folder.name.startswith("tiny-5-")
+
+
+def test_the_shipped_model_is_the_one_that_its_record_describes(tmp_path: Path) -> None:
+    """Files, corpus and tokenizer are those of this recipe, and the held-out accuracy is the
+    recorded one; another order of floating-point sums may change single responses."""
+    record = json.loads((tiny.BASE / tiny.RECORD).read_text())
+    assert set(record["sha256"]) == set(tiny.BASE_FILES)
+    assert tiny.is_shipped(0, "tiny")
+    tiny.copy_shipped(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *tiny.BASE_FILES,
+        "train.json",
+        "heldout.json",
+        "samples.txt",
+    }
+    assert ship.digest(tmp_path / "samples.txt") == record["corpus"]
+    assert record["steps"] == tiny.TINY.steps
+    tiny.tokenizer().save_pretrained(tmp_path / "fresh")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "fresh" / name).read_text() == (tmp_path / name).read_text()
+    measured = ship.measure(tmp_path)
+    assert measured["accuracy"] == pytest.approx(record["heldout"]["accuracy"], abs=0.004)
+    assert measured["length"] == pytest.approx(record["heldout"]["length"], abs=0.3)
+
+
+@pytest.mark.slow
+def test_a_fresh_base_model_is_as_good_as_the_shipped_one(tmp_path: Path) -> None:
+    """On another kind of processor its weights differ, and only the skill can be the same."""
+    tiny.make(tmp_path / "fresh")
+    tiny.copy_shipped(tmp_path / "shipped")
+    fresh, shipped = (ship.measure(tmp_path / name, samples=4) for name in ("fresh", "shipped"))
+    p, responses = shipped["accuracy"], 4 * tiny.HELDOUT_PROBLEMS
+    noise = math.sqrt(2 * p * (1 - p) / responses)
+    seeds = 0.006  # standard deviation between five seeds' base models
+    assert abs(fresh["accuracy"] - p) < 3 * math.hypot(noise, seeds)
+    assert fresh["length"] == pytest.approx(shipped["length"], abs=2.5)
+    assert fresh["format"] == pytest.approx(shipped["format"], abs=0.06)
+
+
+def test_seed_0_is_copied_and_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def note(folder: Path, seed: int, task: tiny.Task) -> None:
+        made.append((seed, task))
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(tiny, "make", note)
+    folder = tiny.ensure(0, tmp_path)
+    assert made == []
+    shipped = tiny.BASE / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == shipped.read_bytes()
+    assert len(data.load(folder / "train.json")) == tiny.TRAIN_PROBLEMS
+    tiny.ensure(1, tmp_path)
+    tiny.ensure(0, tmp_path, "tiny-long")
+    assert made == [(1, tiny.TINY), (0, tiny.LONG)]
+
+
+@pytest.mark.parametrize("damage", ["weights", "missing", "record"])
+def test_a_damaged_shipped_model_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    """One line says which file is damaged. The model that takes its place does not outlast it."""
+    whole, base = tiny.BASE, tmp_path / "base"
+    shutil.copytree(whole, base)
+    file = base / (tiny.RECORD if damage == "record" else "model.safetensors")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    monkeypatch.setattr(tiny, "BASE", base)
+    monkeypatch.setattr(tiny, "make", lambda folder, seed, task: folder.mkdir())
+    folder = tiny.ensure(0, tmp_path / "cache")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and file.name in printed and "made on this machine" in printed
+    shutil.copytree(whole, base, dirs_exist_ok=True)
+    assert tiny.ensure(0, tmp_path / "cache") != folder
 
 
 def test_the_command_line(

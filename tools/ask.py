@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import transformers
 import tyro
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 import data
 import distributed
@@ -28,6 +28,7 @@ from config import STOP, Range, SamplingSettings, hub_id, validate_ranges
 from critic import load_critic
 from data import Problem
 from grading.extract import extract
+from hf_sampler import load_for_sampling
 from rollout import Rollout
 
 
@@ -64,10 +65,11 @@ def main() -> None:
             preflight.check_critic("--critic", settings.critic, config)
             preflight.require_trainable(config, longest, path)  # V(s_t) is read as in training
         positions = getattr(config, "max_position_embeddings", None) or longest
-        tokenizer = preflight.load_tokenizer(path)
-        eos = preflight.eos_ids(path, tokenizer)
+        preflight.require_unquantized(config, path)
+        tokenizer = preflight.load_tokenizer(path, config.vocab_size)
+        eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
-        model = load_model(path, settings.dtype)
+        model = load_for_sampling(path, torch_dtype(settings.dtype)).to(distributed.device())
     except (ValueError, OSError) as error:
         sys.exit(f"tools.ask: {error}")
     response = answer(settings, model, tokenizer, eos, problem, positions)
@@ -135,12 +137,6 @@ def answer(
     stopped = token_ids[-1] in eos or any(stop in text for stop in STOP)
     finish_reason = "stop" if stopped else "length"
     return Rollout(problem, token_ids, [0.0] * len(token_ids), finish_reason, text)
-
-
-def load_model(path: str, dtype: str) -> transformers.PreTrainedModel:
-    """The model on this machine's device."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
-    return model.to(distributed.device()).eval()
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

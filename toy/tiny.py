@@ -2,6 +2,9 @@
 
     problems ─▶ document (question, response) ─▶ encode ─▶ train ─▶ Hugging Face folder
 
+The base model of `tiny` and seed 0 is in toy/base, as toy/ship.py left it: every processor has the
+same one, at once. Those of other seeds are made when they are first needed.
+
 The task is to add 7 to 11 distinct numbers up to 12, for example `7+12+9+4+1+10+5=?`. A guess is
 right about one time in twelve. Adding one number at a time is right when every step is right. The
 base model is a Qwen2 of 0.1M parameters, trained from scratch on synthetic answers to such
@@ -38,6 +41,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -110,6 +114,15 @@ LONG = Task(
     ),
 )
 TASKS = {"tiny": TINY, "tiny-long": LONG}
+BASE = Path(__file__).parent / "base"  # the base model of `tiny` and seed 0
+BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+RECORD = "record.json"  # beside it: how it was made, its accuracy, the SHA-256 of its files
 
 LOOP = 30  # how often a response in the style `loop` repeats its last step
 RECHECK_AFTER_SLIP, RECHECK_AFTER_RIGHT = 0.8, 0.15  # chance of a recheck
@@ -385,13 +398,8 @@ def make(folder: Path, seed: int = 0, steps: int = 0, task: Task = TINY) -> None
     `folder`. The model is trained for `steps` steps; 0 means all of the task's steps."""
     started = time.perf_counter()
     steps = steps or task.steps
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    training, heldout = problems(seed, task)
-    _save_problems(folder / "train.json", training)
-    _save_problems(folder / "heldout.json", heldout)
+    training, heldout = _save_texts(folder, seed, task)
     unseen = frozenset(heldout)
-    _save_examples(folder / "samples.txt", task, unseen, seed)
     toy_tokenizer = tokenizer(task)
     model = train(toy_tokenizer, task, unseen, seed, steps)
     toy_tokenizer.save_pretrained(folder)
@@ -405,6 +413,16 @@ def make(folder: Path, seed: int = 0, steps: int = 0, task: Task = TINY) -> None
         f"base model: {model.num_parameters():,} parameters, {steps} steps, {len(training):,} + "
         f"{len(heldout):,} problems, {time.perf_counter() - started:.0f} s"
     )
+
+
+def _save_texts(folder: Path, seed: int, task: Task) -> tuple[list[str], list[str]]:
+    """Write train.json, heldout.json and samples.txt; returns the questions of the first two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    training, heldout = problems(seed, task)
+    _save_problems(folder / "train.json", training)
+    _save_problems(folder / "heldout.json", heldout)
+    _save_examples(folder / "samples.txt", task, frozenset(heldout), seed)
+    return training, heldout
 
 
 def _save_problems(path: Path, questions: list[str]) -> None:
@@ -428,20 +446,65 @@ def _save_examples(path: Path, task: Task, unseen: frozenset[str], seed: int) ->
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def copy_shipped(folder: Path) -> None:
+    """Write into `folder` what `make` writes for `tiny` and seed 0, with the base model of toy/base
+    instead of a training."""
+    _save_texts(folder, 0, TINY)
+    for name in BASE_FILES:
+        shutil.copyfile(BASE / name, folder / name)
+
+
+def is_shipped(seed: int, name: str) -> bool:
+    """Whether toy/base has this model. Prints a line if it should and a file there is not the one
+    that was shipped."""
+    if (seed, name) != (0, "tiny"):
+        return False
+    damaged = _first_damaged()
+    if damaged:
+        print(
+            f"{damaged}: missing or changed; a base model made on this machine, in about two "
+            "minutes, takes its place. `git restore toy/base` brings the file back"
+        )
+    return damaged is None
+
+
+def _first_damaged() -> Path | None:
+    """The first file of toy/base that is missing or is not the one that its record describes."""
+    path = BASE / RECORD
+    try:
+        digests = json.loads(path.read_bytes())["sha256"]
+        for name in BASE_FILES:
+            expected = digests[name]
+            path = BASE / name
+            if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                return path
+    except (OSError, ValueError, LookupError, TypeError):
+        return path
+    return None
+
+
 def ensure(seed: int = 0, cache: Path = Path(".cache"), name: str = "tiny") -> Path:
     """The folder of this model and seed; it is made first if it does not exist.
 
     Its name contains a hash of this file's text, so that a changed recipe makes a new model. It
-    is made under a temporary name and renamed when it is complete.
+    is made under a temporary name and renamed when it is complete. The base model of `tiny` and
+    seed 0 is copied from toy/base.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + TEMPLATE.encode()).hexdigest()[:10]
+    source = Path(__file__).read_bytes() + TEMPLATE.encode()
+    shipped = is_shipped(seed, name)
+    if shipped:
+        source += (BASE / RECORD).read_bytes()
+    recipe = hashlib.sha256(source).hexdigest()[:10]
     folder = Path(cache) / f"{name}-{seed}-{recipe}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         complete = Path(temporary) / "complete"
-        make(complete, seed, task=TASKS[name])
+        if shipped:
+            copy_shipped(complete)
+        else:
+            make(complete, seed, task=TASKS[name])
         try:
             os.replace(complete, folder)
         except OSError:
