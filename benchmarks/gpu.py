@@ -301,7 +301,7 @@ def planned_gb(cfg: Config, role: str, step: bool) -> float:
 
 def operations(shape: plan.Shape, micro: MicroBatch, role: str) -> float:
     """Operations of a forward pass, counted as plan.work counts them."""
-    lengths = micro.cu_seqlens.diff().double()
+    lengths = micro.layout.cu_seqlens_q.diff().double()
     linear = 2 * shape.layer * lengths
     attention = 2 * shape.heads * shape.head_size * lengths**2
     body = shape.layers * float((linear + attention).sum())
@@ -373,6 +373,7 @@ def plan_settings(
         model=str(folder / name),
         gpus=int(GPU),
         micro_tokens=micro.input_ids.numel(),
+        samples=1,  # `random_pack` shares no prompts
         activation_checkpointing=sharding.activation_checkpointing,
     )
 
@@ -390,14 +391,17 @@ def response_lengths(scale: Scale, tokens: int) -> list[int]:
 
 
 def random_pack(lengths: list[int], prompt_tokens: int, vocabulary: int) -> MicroBatch:
-    """One pack of random sequences with responses of these lengths."""
+    """One pack of random sequences with responses of these lengths, each with a prompt of its own:
+    what is measured is a token that is computed."""
     rng = random.Random(0)
 
     def token_ids(count: int) -> list[int]:
         return rng.choices(range(vocabulary), k=count)
 
-    problem = Problem("", "", "", tuple(token_ids(prompt_tokens)))
-    rollouts = [Rollout(problem, token_ids(n), [0.0] * n, "stop", "") for n in lengths]
+    rollouts = []
+    for n in lengths:
+        problem = Problem("", "", "", tuple(token_ids(prompt_tokens)))
+        rollouts.append(Rollout(problem, token_ids(n), [0.0] * n, "stop", ""))
     tokens = sum(lengths) + prompt_tokens * len(lengths)
     members = range(len(rollouts))
     (pack,) = packing.micro_batches(rollouts, members, tokens, distributed.device())
@@ -558,7 +562,7 @@ def attention_methods() -> dict[str, Callable[[MicroBatch, float], Attention]]:
 
 def packed(micro: MicroBatch, scaling: float) -> Attention:
     """What training uses: torch's kernel for packs, or where there is none the padded method."""
-    how = {"cu_seqlens": micro.cu_seqlens, "max_seqlen": micro.max_seqlen, "scaling": scaling}
+    how = {"layout": micro.layout, "scaling": scaling}
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out, _ = packing.packed_attention(torch.nn.Identity(), query, key, value, None, **how)
@@ -569,7 +573,7 @@ def packed(micro: MicroBatch, scaling: float) -> Attention:
 
 def padded(micro: MicroBatch, scaling: float) -> Attention:
     """The sequences of the pack as a padded batch."""
-    lengths = micro.cu_seqlens.diff().tolist()
+    lengths = micro.layout.cu_seqlens_q.diff().tolist()
 
     def padded_batch(x: Tensor) -> Tensor:  # (1, heads, T, d) → (S, heads, max_seqlen, d)
         sequences = tokens_first(x).split(lengths)
@@ -603,11 +607,15 @@ def masked(micro: MicroBatch, scaling: float) -> Attention:
 def flash(micro: MicroBatch, scaling: float) -> Attention:
     from flash_attn import flash_attn_varlen_func
 
-    where = (micro.cu_seqlens, micro.cu_seqlens, micro.max_seqlen, micro.max_seqlen)
+    layout = micro.layout
+    bounds = (layout.cu_seqlens_q, layout.cu_seqlens_k)
+    longest = (layout.max_seqlen_q, layout.max_seqlen_k)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         states = [tokens_first(x) for x in (query, key, value)]
-        return flash_attn_varlen_func(*states, *where, softmax_scale=scaling, causal=True)[None]
+        return flash_attn_varlen_func(
+            *states, *bounds, *longest, softmax_scale=scaling, causal=True
+        )[None]
 
     return attend
 
@@ -632,7 +640,7 @@ def flex(micro: MicroBatch, scaling: float) -> Attention:
 
 def sequence_numbers(micro: MicroBatch) -> Tensor:
     """(T,) which sequence a token belongs to."""
-    lengths = micro.cu_seqlens.diff()
+    lengths = micro.layout.cu_seqlens_q.diff()
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
 
@@ -664,7 +672,7 @@ def attention(scale: Scale, name: str, tokens: int, method: str) -> Row:
     difference = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
     with peak() as cells:
         seconds = timed(partial(outputs_and_gradients, attend))
-    pairs_attended = float((micro.cu_seqlens.diff().double() ** 2).sum())
+    pairs_attended = float((micro.layout.cu_seqlens_q.diff().double() ** 2).sum())
     flops = 3 * 2 * heads * size * pairs_attended
     return cells | rates(micro, seconds, flops) | {"difference": difference}
 

@@ -1,24 +1,30 @@
-"""Measure what packing wastes: computed / needed tokens in a step of 128 × 64 responses.
+"""Measure what a step of 128 × 64 responses computes, over what it would if every response were
+computed with a prompt of its own.
 
     ORZ_DATA=folder python -m benchmarks.packing
 
 Nothing is trained. Sequences are distributed over 1, 8 and 64 ranks with `packing.mini_batches` and
-`packing.assign_packs`. `packing.packed_attention` is called on every pack, to see the shapes that
-it computes with.
+`packing.assign_packs`, and the packs are made, to see the segments and groups that attention
+computes with.
 
 There are three distributions of response lengths. "real" draws 8,192 times, with replacement, from
-the responses in `ORZ_DATA`/responses that follow the paper's format, in tokens of Qwen2. Prompts
-have 150 to 350 tokens. The update "policy" is one mini-batch with all sequences; "critic" is the
-critic's twelve.
+the responses in `ORZ_DATA`/responses that follow the paper's format, in tokens of Qwen2. The 128
+prompts are drawn from `ORZ_DATA`/orz_train, under the template. The update "policy" is one
+mini-batch with all sequences, and so are the values; "critic" is the critic's twelve.
+
+"needed" counts every response with its whole prompt, which is what a program computes that does not
+share prompts: below 1 is saved.
 
 | column | meaning |
 |---|---|
 | packs per rank | packs that each rank computes in the update |
-| pack fill | needed tokens per pack with actions, over the 16,384 of a micro-batch |
-| linear | tokens that linear layers compute / needed; above 1 only through filler packs |
-| attention positions, pairs | positions, and causal pairs of query and key, computed / needed |
+| pack fill | tokens per pack with actions, over the 16,384 of a micro-batch |
+| linear | tokens that linear layers compute / needed |
+| pairs, kernel | pairs of query and key that torch's kernel for packs (GPUs) computes / needed |
+| pairs, unfolded | the same for groups of like lengths (CPUs), with those that the mask hides |
+| FLOPs | with the kernel: computed / needed |
 | imbalance | tokens, and FLOPs, of the slowest rank / of the mean rank; mini-batches add up |
-| in step | Σ over packs of the slowest rank's FLOPs / needed FLOPs per rank |
+| in step | Σ over packs of the slowest rank's FLOPs, with the kernel / needed FLOPs per rank |
 | padded | tokens computed / needed without packing |
 
 Ranks that share a sharded model wait for each other in every pack: "in step" is what that costs.
@@ -32,22 +38,20 @@ layer, with Q = heads · head size.
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import tyro
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer
 
+import data
 import packing
 from benchmarks.record import Row, record
 from config import Config
+from data import Problem
+from rollout import Rollout
 from tools import plan
 
 MICRO_TOKENS = 16384  # the default of --micro-tokens
@@ -73,69 +77,73 @@ def response_lengths(data: Path, count: int, rng: np.random.Generator) -> dict[s
     return {name: x.round().clip(1, LONGEST).astype(int).tolist() for name, x in lengths.items()}
 
 
-class AttentionShapes(TorchFunctionMode):
-    """Keeps the shapes of the queries of scaled_dot_product_attention, which is not computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[torch.Size] = []
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is scaled_dot_product_attention:
-            query = args[0]
-            self.shapes.append(query.shape)
-            return query
-        return function(*args, **(kwargs or {}))
+def prompt_lengths(folder: Path, count: int, rng: np.random.Generator) -> list[int]:
+    """Tokens of `count` prompts of the training data, under the template."""
+    problems = data.load(folder / "orz_train" / "orz_math_57k_first2048_w_num_correct.json")
+    chosen = [problems[i] for i in rng.choice(len(problems), count, replace=False)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "qwen2_tokenizer")
+    tokenized = data.tokenize(chosen, tokenizer, LONGEST, data.TEMPLATE)
+    return [len(problem.prompt_ids) for problem in tokenized]
 
 
-@cache
-def pack_work(lengths: tuple[int, ...]) -> tuple[float, float, float]:
-    """Tokens, attention positions and attention pairs that are computed for a pack of sequences of
-    these lengths."""
-    tokens = sum(lengths)
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    x = torch.zeros(1, 1, tokens, 1)
-    how = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "scaling": 1.0}
-    with AttentionShapes() as seen:
-        packing.packed_attention(torch.nn.Identity(), x, x, x, None, **how)
-    positions = sum(num_seqs * width for num_seqs, _, width, _ in seen.shapes)
-    pairs = sum(num_seqs * width**2 / 2 for num_seqs, _, width, _ in seen.shapes)
-    return tokens, positions, pairs
+def empty_rollouts(prompts: list[int], lengths: list[int]) -> list[Rollout]:
+    """Responses of these lengths, the first ones to the first prompt."""
+    samples = len(lengths) // len(prompts)
+    problems = []
+    for k, length in enumerate(prompts):
+        problems.append(Problem(str(k), "", "", (k,) + (0,) * (length - 1)))
+    return [
+        Rollout(problems[i // samples], [0] * length, [], "stop", "")
+        for i, length in enumerate(lengths)
+    ]
+
+
+def pack_work(rollouts: list[Rollout], pack: list[int], starts: list[int]) -> tuple[float, ...]:
+    """Tokens, pairs by the kernel and pairs unfolded that are computed for a pack."""
+    micro = packing._micro_batch(rollouts, pack, starts, "cpu")
+    queries = micro.layout.cu_seqlens_q.diff().double()
+    keys = micro.layout.cu_seqlens_k.diff().double()
+    by_kernel = queries * (keys - queries) + queries**2 / 2
+    unfolded = 0.0
+    for group in micro.layout.groups:
+        segments, longest = group.queries.shape
+        pairs = segments * longest * group.keys.shape[1]
+        unfolded += pairs if group.before else pairs / 2  # torch leaves out what causality hides
+    return micro.input_ids.numel(), float(by_kernel.sum()), unfolded
 
 
 def flops(work: np.ndarray) -> np.ndarray:
-    """FLOPs of work (..., 3): tokens, positions, pairs."""
-    return LINEAR * work[..., 0] + ATTENTION * work[..., 2]
+    """FLOPs of work (..., 3) with the kernel: tokens, pairs by the kernel, pairs unfolded."""
+    return LINEAR * work[..., 0] + ATTENTION * work[..., 1]
 
 
 def measure_update(
-    inputs: list[int], groups: list[list[int]], max_tokens: int, num_ranks: int
+    rollouts: list[Rollout], groups: list[list[int]], max_tokens: int, num_ranks: int
 ) -> Row:
-    """One update on sequences of these numbers of input tokens; `groups` are its mini-batches."""
+    """One update on these responses; `groups` are its mini-batches."""
+    starts = [0, *accumulate(len(r.token_ids) for r in rollouts)]
+    sizes = [packing.size(r) for r in rollouts]
+    inputs = [size.prompt_tokens + size.own for size in sizes]
     works = []  # for each group (ranks, packs, 3)
     with_actions = 0  # packs that are not fillers
     for members in groups:
-        ranks = packing.assign_packs({i: inputs[i] for i in members}, max_tokens, num_ranks)
+        ranks = packing.assign_packs({i: sizes[i] for i in members}, max_tokens, num_ranks)
         with_actions += sum(len(pack) > 0 for packs in ranks for pack in packs)
-        filler = (min(inputs[i] for i in members),)
-        lengths = [[tuple(inputs[i] for i in pack) or filler for pack in packs] for packs in ranks]
-        works.append(np.array([[pack_work(n) for n in packs] for packs in lengths], dtype=float))
+        filler = [min(members, key=inputs.__getitem__)]
+        work = [[pack_work(rollouts, pack or filler, starts) for pack in packs] for packs in ranks]
+        works.append(np.array(work))
     by_rank = np.stack([work.sum(1) for work in works])  # (groups, ranks, 3)
-    needed = np.array([sum(inputs), sum(inputs), sum(n * n / 2 for n in inputs)])
-    linear, positions, pairs = (by_rank.sum((0, 1)) / needed).tolist()
+    pairs = sum(n * n / 2 for n in inputs)
+    needed = np.array([sum(inputs), pairs, pairs])
+    linear, by_kernel, unfolded = (by_rank.sum((0, 1)) / needed).tolist()
     slowest = sum(flops(work).max(0).sum() for work in works)
     return {
         "packs per rank": sum(work.shape[1] for work in works),
-        "pack fill": sum(inputs) / with_actions / max_tokens,
+        "pack fill": float(by_rank[..., 0].sum()) / with_actions / max_tokens,
         "linear": linear,
-        "attention positions": positions,
-        "attention pairs": pairs,
+        "pairs, kernel": by_kernel,
+        "pairs, unfolded": unfolded,
+        "FLOPs": float(flops(by_rank).sum() / flops(needed)),
         "imbalance, tokens": imbalance(by_rank[..., 0]),
         "imbalance, FLOPs": imbalance(flops(by_rank)),
         "in step": float(slowest * num_ranks / flops(needed)),
@@ -178,32 +186,28 @@ def measure() -> None:
     """Measure all distributions, numbers of ranks and updates, and record the table."""
     if "ORZ_DATA" not in os.environ:
         sys.exit(
-            "benchmarks.packing: ORZ_DATA is not set; it names the folder that holds responses/ "
-            "and qwen2_tokenizer/"
+            "benchmarks.packing: ORZ_DATA is not set; it names the folder that holds responses/, "
+            "orz_train/ and qwen2_tokenizer/"
         )
+    folder = Path(os.environ["ORZ_DATA"])
     cfg = Config()
     rng = np.random.default_rng(0)
-    count = cfg.prompts * cfg.samples
     updates = {"policy": cfg.policy_steps, "critic": cfg.critic_steps}
     table: list[Row] = []
-    described = []
-    for name, lengths in response_lengths(Path(os.environ["ORZ_DATA"]), count, rng).items():
-        prompts = rng.integers(150, 351, count).tolist()
-        inputs = [prompt + n - 1 for prompt, n in zip(prompts, lengths, strict=True)]
+    prompts = prompt_lengths(folder, cfg.prompts, rng)
+    notes = [f"Prompt tokens: mean {np.mean(prompts):,.0f}, most {max(prompts):,}."]
+    for name, lengths in response_lengths(folder, cfg.prompts * cfg.samples, rng).items():
+        rollouts = empty_rollouts(prompts, lengths)
         mean, middle = np.mean(lengths), np.median(lengths)
-        described.append(f"{name} mean {mean:,.0f}, median {middle:,.0f}, most {max(lengths):,}")
+        notes.append(f"{name}: mean {mean:,.0f}, median {middle:,.0f}, most {max(lengths):,}.")
         for num_ranks in (1, 8, 64):
             for update, steps in updates.items():
                 groups = packing.mini_batches(lengths, steps, "0/0")
                 labels = {"lengths": name, "ranks": num_ranks, "update": update}
-                table.append(labels | measure_update(inputs, groups, MICRO_TOKENS, num_ranks))
-    linear = max(row["linear"] for row in table)
-    tokens = max(row["imbalance, tokens"] for row in table)
-    notes = [
-        f"Response tokens: {'; '.join(described)}.",
-        f"Worst linear {linear:.3f}, worst token imbalance {tokens:.3f}.",
-    ]
-    record("packing", "Packing: computed against needed", table, notes)
+                table.append(labels | measure_update(rollouts, groups, MICRO_TOKENS, num_ranks))
+    for column in ("linear", "pairs, kernel", "pairs, unfolded", "FLOPs", "in step"):
+        notes.append(f"Most {column}: {max(float(row[column]) for row in table):.3f}.")
+    record("packing", "Packing: computed against needed", table, [" ".join(notes)])
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ def pack_seconds(micro: MicroBatch, shape: plan.Shape, backward: bool) -> float:
         torch.randn(1, heads, tokens, shape.head_size, requires_grad=backward)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
-    how = {"cu_seqlens": micro.cu_seqlens, "max_seqlen": micro.max_seqlen, "scaling": 0.1}
+    how = {"layout": micro.layout, "scaling": 0.1}
     start = time.perf_counter()
     out, _ = packed_attention(torch.nn.Identity(), query, key, value, None, **how)
     if backward:

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptj": ("gptj", {}, "its attention cannot be exchanged"),
     "mpt": ("mpt", {}, "its attention cannot be exchanged"),
     "stablelm": ("stablelm", {}, "its attention cannot be exchanged"),
-    "nemotron": ("nemotron", {}, "cu_seqlens"),
+    "nemotron": ("nemotron", {}, "layout"),
     "doge": ("doge", {}, "makes an attention mask of its own"),
     "deepseek_v32": ("deepseek_v32", LATENT, "layers of type indexed_attention"),
     "llama4_text": ("llama4_text", {"attention_chunk_size": 50}, "in chunks of 50 tokens"),
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 BECAUSE = {
     STATE: "it carries a state from token to token",
     "attention is not causal": "its attention is not causal",
-    "cu_seqlens": "it does not hand the bounds of sequences on to its attention",
+    "layout": "it does not hand the bounds of sequences on to its attention",
     "makes an attention mask of its own": "it makes an attention mask of its own",
     "layers of type indexed_attention": "attention to an indexed part of the tokens",
     "in chunks of 50 tokens": "attention in chunks, where sequences are longer than one",
@@ -358,9 +358,8 @@ def test_attention_across_sequences_is_refused(
     packed = packing.packed_attention
 
     def leaking(*states: Any, **arguments: Any) -> tuple[Tensor, None]:
-        num_tokens = states[1].shape[2]
-        whole = torch.tensor([0, num_tokens], dtype=torch.int32)
-        return packed(*states, **arguments | {"cu_seqlens": whole, "max_seqlen": num_tokens})
+        whole = [packing.Segment(0, states[1].shape[2], 0, 0)]
+        return packed(*states, **arguments | {"layout": packing._layout(whole, "cpu")})
 
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, "packed", leaking)
     with pytest.raises(ValueError, match="log-probabilities of a pack differ"):
@@ -382,7 +381,8 @@ def test_attention_across_sequences_is_refused(
 )
 def test_unknown_attention_arguments_raise(arguments: dict[str, Any], message: str) -> None:
     x = torch.randn(1, 2, 5, 4)
-    known = {"attention_mask": None, "cu_seqlens": torch.tensor([0, 2, 5]), "max_seqlen": 3}
+    segments = [packing.Segment(0, 2, 0, 0), packing.Segment(2, 3, 2, 0)]
+    known = {"attention_mask": None, "layout": packing._layout(segments, "cpu")}
     if not message:
         packing.packed_attention(torch.nn.Identity(), x, x, x, **known | arguments)
         return

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from config import Config
-from packing import assign_packs
+from packing import Size, assign_packs
 
 SETTINGS: dict[str, Any] = {
     "model": "tiny",
@@ -119,14 +119,15 @@ def test_assign_packs_uses_every_sequence_once_and_balances_ranks() -> None:
     """All ranks get equally many packs of at most the limit and near-equal numbers of tokens, also
     with fewer sequences than ranks."""
     torch.manual_seed(0)
-    num_inputs = dict(enumerate(torch.randint(10, 200, (301,)).tolist()))
+    lengths = torch.randint(10, 200, (301,)).tolist()
+    sizes = {i: Size(i, length, 0) for i, length in enumerate(lengths)}  # each has its own prompt
     for ranks in (1, 2, 4, 7):
-        packs = assign_packs(num_inputs, 1000, ranks)
+        packs = assign_packs(sizes, 1000, ranks)
         assert len({len(local_packs) for local_packs in packs}) == 1
         used = [i for local_packs in packs for pack in local_packs for i in pack]
-        assert sorted(used) == list(num_inputs)
-        tokens = [[sum(num_inputs[i] for i in pack) for pack in local] for local in packs]
-        assert all(max(pack_tokens) <= 1000 for pack_tokens in tokens)
-        by_rank = [sum(pack_tokens) for pack_tokens in tokens]
+        assert sorted(used) == list(sizes)
+        tokens = [[sum(lengths[i] for i in pack) for pack in local] for local in packs]
+        assert all(max(of_packs) <= 1000 for of_packs in tokens)
+        by_rank = [sum(of_packs) for of_packs in tokens]
         assert max(by_rank) - min(by_rank) <= 200
-    assert assign_packs({4: 3}, 10, 3) == [[[4]], [[]], [[]]]
+    assert assign_packs({4: Size(0, 3, 0)}, 10, 3) == [[[4]], [[]], [[]]]

@@ -95,7 +95,7 @@ def test_operations_are_those_of_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", [256, 300, 4096])
 def test_a_pack_is_full_and_ragged(tokens: int) -> None:
     micro = gpu.make_pack(TOY, "toy", tokens)
-    lengths = micro.cu_seqlens.diff()
+    lengths = micro.layout.cu_seqlens_q.diff()
     assert int(lengths.sum()) == tokens == micro.input_ids.numel()
     assert lengths.min() > TOY.prompt_tokens
     assert len(lengths.unique()) > 1

@@ -249,19 +249,22 @@ def attend_one_by_one(
     scale: float,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """What torch.nn.attention.varlen.varlen_attn computes, by its documentation: (T, heads, d) →
-    (T, heads, d), each sequence by itself; a query sees `window_size` keys to its left and right,
-    where -1 is all."""
+    """What torch.nn.attention.varlen.varlen_attn computes, by its documentation and that of
+    FlashAttention 2: queries (T, heads, d), keys and values (K, heads, d) → (T, heads, d), each
+    segment by itself. Its last query stands at its last key; a query sees `window_size` keys to
+    the left and right of its own place, where -1 is all."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    bounds = list(pairwise(cu_seq_q.tolist()))
-    assert max_q == max_k == max(end - start for start, end in bounds)
+    queries, keys = (list(pairwise(bounds.tolist())) for bounds in (cu_seq_q, cu_seq_k))
+    assert max_q == max(end - start for start, end in queries)
+    assert max_k == max(end - start for start, end in keys)
     outputs = []
-    for start, end in bounds:
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+    for (start_q, end_q), (start_k, end_k) in zip(queries, keys, strict=True):
+        q = query[start_q:end_q].transpose(0, 1)
+        k, v = (x[start_k:end_k].transpose(0, 1) for x in (key, value))
         groups = len(q) // len(k)
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-        places = torch.arange(end - start)
-        to_the_left = places[:, None] - places
+        place = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        to_the_left = place - torch.arange(k.shape[1])
         left, right = (1000 if size == -1 else size for size in window_size)
         sees = (to_the_left <= left) & (-to_the_left <= right)
         scores = (q @ k.transpose(1, 2) * scale).masked_fill(~sees, -torch.inf)
@@ -271,16 +274,19 @@ def attend_one_by_one(
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("prompts", [1, 3, 6])
 def test_the_kernel_for_packs_gives_what_unfolding_gives(
-    window: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, kv_heads: int, prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs and gradients, through a stand-in for the kernel, which CPUs do not have."""
+    """Outputs and gradients of six responses to so many prompts, through a stand-in for the kernel,
+    which CPUs do not have."""
     torch.manual_seed(0)
-    lengths = [5, 1, 9, 3]
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    sizes = [(1, heads, sum(lengths), 32) for heads in (4, kv_heads, kv_heads)]
+    problems = [Problem("", "", "", tuple(range(k, 2 * k + 3))) for k in range(prompts)]
+    rollouts = random_rollouts(problems, 9, [5, 1, 9, 3, 2, 8])
+    (micro,) = packing.micro_batches(rollouts, range(6), 1000)
+    sizes = [(1, heads, micro.input_ids.numel(), 32) for heads in (4, kv_heads, kv_heads)]
     states = [torch.randn(size, requires_grad=True) for size in sizes]
-    known = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "sliding_window": window}
+    known = {"layout": micro.layout, "sliding_window": window}
 
     def outputs_and_gradients() -> list[Tensor]:
         out, _ = packing.packed_attention(torch.nn.Identity(), *states, None, **known, scaling=0.3)

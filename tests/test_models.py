@@ -92,7 +92,7 @@ def test_tokens_times_vocabulary_never_exists(
     chunk = 32 * V
     weight = max(p.numel() for p in model.parameters())
     mlp = micro.input_ids.shape[1] * model.model.config.intermediate_size
-    attention = len(micro.cu_seqlens) * micro.max_seqlen * 64
+    attention = max(group.keys.numel() for group in micro.layout.groups) * 64
     assert largest.elements <= max(chunk, weight, mlp, attention)
     assert largest.elements < n * V / 2
 
@@ -104,14 +104,14 @@ def test_tokens_times_vocabulary_never_exists(
 def test_compiled_layers_compute_the_same(
     model_folder: Path, problems: list[Problem], checkpointing: bool
 ) -> None:
-    """All layers and packs of all shapes use one graph."""
+    """All layers and packs of all shapes use one graph, where prompts are shared."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain = policy.load_policy(str(model_folder))
     sharding = Sharding(compile=True, activation_checkpointing=checkpointing)
     compiled = policy.load_policy(str(model_folder), sharding)
     for lengths in ([30, 17, 44], [20, 60, 50, 40, 30], [9] * 30):
-        micro = one_pack(problems, 400, lengths)
+        micro = one_pack(problems[:2], 400, lengths)
         logps = [model(micro)[0] for model in (plain, compiled)]
         torch.testing.assert_close(*logps, atol=1e-4, rtol=1e-5)
         for logp in logps:

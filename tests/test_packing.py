@@ -1,5 +1,6 @@
 """packing.py: packing changes neither log-probabilities, values, losses nor gradients."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,19 @@ import torch
 from conftest import random_rollouts
 from transformers import AutoModelForCausalLM
 
+import packing
 import ppo
 from critic import load_critic
 from data import Problem
-from packing import forward_all_tokens, micro_batches, mini_batches
+from packing import (
+    Size,
+    assign_packs,
+    forward_all_tokens,
+    micro_batches,
+    mini_batches,
+    pack_tokens,
+    packed_attention,
+)
 from policy import Policy, load_policy
 from rollout import Rollout
 
@@ -28,25 +38,43 @@ def packed_logprobs(policy: Policy, rollouts: list[Rollout], max_tokens: int) ->
 
 def test_docstring_example() -> None:
     """The example of the module's docstring, field by field."""
-    A, B = Problem("A", "", "", (1, 2, 3)), Problem("B", "", "", (4, 5))
-    a, b = random_rollouts([A, B], 9, [3, 2])
-    a.token_ids = [11, 12, 13]
-    b.token_ids = [14, 15]
-    (micro,) = micro_batches([a, b], [1, 0], max_tokens=100)  # the shorter sequence comes first
-    assert micro.input_ids.tolist() == [[4, 5, 14, 1, 2, 3, 11, 12]]
-    assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert micro.cu_seqlens.tolist() == [0, 3, 8]
-    assert micro.max_seqlen == 5
-    assert micro.predict_index.tolist() == [1, 2, 5, 6, 7]
-    assert micro.actions.tolist() == [14, 15, 11, 12, 13]
-    assert micro.flat.tolist() == [3, 4, 0, 1, 2]
+    P, Q = Problem("P", "", "", (1, 2, 3)), Problem("Q", "", "", (4, 5))
+    rollouts = [response(P, 11, 12, 13), response(P, 14, 15), response(Q, 16, 17)]
+    (micro,) = micro_batches(rollouts, range(3), max_tokens=9)
+    assert micro.input_ids.tolist() == [[1, 2, 3, 11, 12, 14, 4, 5, 16]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert micro.predict_index.tolist() == [2, 3, 4, 2, 5, 7, 8]
+    assert micro.actions.tolist() == [11, 12, 13, 14, 15, 16, 17]
+    assert micro.flat.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert micro.layout.cu_seqlens_q.tolist() == [0, 3, 5, 6, 9]
+    assert micro.layout.cu_seqlens_k.tolist() == [0, 3, 8, 12, 15]
+    assert micro.layout.key_index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
+
+
+def response(problem: Problem, *token_ids: int) -> Rollout:
+    """A response that ended by itself."""
+    return Rollout(problem, list(token_ids), [0.0] * len(token_ids), "stop", "")
+
+
+def shared(problems: list[Problem], vocab: int) -> list[Rollout]:
+    """Responses of unlike lengths: two to each of three problems, and one to each of two."""
+    return random_rollouts(problems[:5], vocab, LENGTHS)
+
+
+def test_a_prompt_without_company_is_not_gathered() -> None:
+    """Where every prompt stands with one response, the keys are the pack itself."""
+    P, Q = Problem("P", "", "", (1, 2, 3)), Problem("Q", "", "", (4, 5))
+    (micro,) = micro_batches([response(P, 11, 12), response(Q, 16)], range(2), max_tokens=9)
+    assert micro.input_ids.tolist() == [[1, 2, 3, 11, 4, 5]]
+    assert micro.layout.cu_seqlens_q.tolist() == micro.layout.cu_seqlens_k.tolist() == [0, 4, 6]
+    assert micro.layout.key_index is None
 
 
 def test_packed_equals_separate_forwards(
     model_folder: Path, policy: Policy, problems: list[Problem]
 ) -> None:
     """Log-probabilities are those of transformers' own forward pass over one sequence at a time."""
-    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    rollouts = shared(problems, policy.model.config.vocab_size)
     plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     expected = []
     for r in rollouts:
@@ -57,18 +85,17 @@ def test_packed_equals_separate_forwards(
     torch.testing.assert_close(packed, torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("broken", ["cu_seqlens", "positions"])
-def test_wrong_cu_seqlens_or_positions_change_the_result(
+@pytest.mark.parametrize("broken", ["layout", "positions"])
+def test_a_wrong_layout_or_positions_change_the_result(
     policy: Policy, problems: list[Problem], broken: str
 ) -> None:
     """The comparison above can fail: attention across sequences changes the result, and so do wrong
     positions."""
-    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    rollouts = shared(problems, policy.model.config.vocab_size)
     (micro,) = micro_batches(rollouts, range(len(rollouts)), 10_000)
     T = micro.input_ids.shape[1]
-    if broken == "cu_seqlens":
-        one_sequence = torch.tensor([0, T], dtype=torch.int32)
-        wrong_micro = micro._replace(cu_seqlens=one_sequence, max_seqlen=T)
+    if broken == "layout":
+        wrong_micro = micro._replace(layout=packing._layout([packing.Segment(0, T, 0, 0)], "cpu"))
     else:
         wrong_micro = micro._replace(position_ids=torch.arange(T)[None] * 3)
     right, wrong = policy(micro)[0].detach(), policy(wrong_micro)[0].detach()
@@ -81,7 +108,7 @@ def test_loss_and_gradient_do_not_depend_on_packing(
 ) -> None:
     """Policy and critic losses, divided by the batch's number of response tokens: with one sequence
     in a pack, with a few, or with all."""
-    rollouts = random_rollouts(problems, policy.model.config.vocab_size, LENGTHS)
+    rollouts = shared(problems, policy.model.config.vocab_size)
     critic = load_critic(str(model_folder))
     torch.manual_seed(1)
     A, targets = torch.randn(2, sum(LENGTHS))
@@ -108,11 +135,59 @@ def test_loss_and_gradient_do_not_depend_on_packing(
 
 
 def test_micro_batches_use_every_token_once_within_the_limit(problems: list[Problem]) -> None:
-    rollouts = random_rollouts(problems, 9, LENGTHS)
+    rollouts = shared(problems, 9)
     micros = list(micro_batches(rollouts, range(len(rollouts)), 40))
     assert len(micros) > 1
     assert sorted(torch.cat([m.flat for m in micros]).tolist()) == list(range(sum(LENGTHS)))
     assert all(m.input_ids.shape[1] <= 40 for m in micros)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_prompt_stands_once_where_its_responses_meet(ranks: int) -> None:
+    """Packs hold few prompts twice, ranks work evenly, and nothing is lost."""
+    rng = random.Random(0)
+    prompts = {f"prompt {k}": rng.randint(20, 60) for k in range(12)}
+    sizes = {}
+    for i in range(192):
+        prompt = rng.choice(list(prompts))
+        sizes[i] = Size(prompt, prompts[prompt], rng.randint(0, 80))
+    packs = assign_packs(sizes, 500, ranks)
+    assert sorted(i for rank in packs for pack in rank for i in pack) == list(range(192))
+    loads = [[pack_tokens(pack, sizes) for pack in rank] for rank in packs]
+    assert all(load <= 500 for rank in loads for load in rank)
+    assert all(rank == sorted(rank, reverse=True) for rank in loads)
+    apart = sum(size.prompt_tokens + size.own for size in sizes.values())
+    together = sum(prompts.values()) + sum(size.own for size in sizes.values())
+    total = sum(map(sum, loads))
+    assert total - together <= 0.2 * (apart - together)
+    assert max(map(sum, loads)) <= 1.05 * total / ranks
+
+
+def test_a_prompt_that_is_all_the_work_is_cut() -> None:
+    """A prompt whose responses are all the work is shared out among the ranks."""
+    sizes = {i: Size("p", 10, 100) for i in range(8)}
+    assert [sorted(map(len, rank)) for rank in assign_packs(sizes, 10**6, 4)] == [[2]] * 4
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 4])
+def test_groups_of_like_lengths_attend_as_one_group(
+    monkeypatch: pytest.MonkeyPatch, problems: list[Problem], softcap: float | None, window: int
+) -> None:
+    """Compiled layers unfold all segments at once: the same numbers."""
+    (micro,) = micro_batches(shared(problems, 9), range(len(LENGTHS)), 10_000)
+    T = micro.input_ids.shape[1]
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8)
+    how = {"layout": micro.layout, "sliding_window": window, "softcap": softcap}
+
+    def attend() -> torch.Tensor:
+        return packed_attention(torch.nn.Identity(), query, key, value, None, **how)[0]
+
+    in_groups = attend()
+    assert len(micro.layout.groups) > 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(attend(), in_groups)
 
 
 def test_mini_batches_are_near_equal_and_use_every_response_once() -> None:

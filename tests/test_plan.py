@@ -48,8 +48,8 @@ PARAMETERS = {
 
 
 class Case(NamedTuple):
-    """An update to measure. A micro-batch has three sequences, each a prompt of two tokens and a
-    response."""
+    """An update to measure. A micro-batch has three sequences: two tokens or more of a prompt, its
+    own or that of all three, and a response."""
 
     role: str
     checkpointing: bool
@@ -58,17 +58,23 @@ class Case(NamedTuple):
     tied: bool
     response: int = 150
     chunk: int = 2**25  # logits held at once
+    prompt: int = 2
+    shared: bool = False
 
     @property
     def tokens(self) -> int:
         """Input tokens of a micro-batch. The last token of a sequence is no input."""
-        return 3 * (2 + self.response - 1)
+        return (1 if self.shared else 3) * self.prompt + 3 * (self.response - 1)
 
     def cfg(self, folder: str, gpus: int) -> Config:
         return Config(
             model=folder,
             gpus=gpus,
             micro_tokens=self.tokens,
+            samples=3 if self.shared else 1,
+            critic_steps=1,
+            prompt_tokens=self.prompt,
+            response_tokens=round(self.response / plan.MEAN),
             activation_checkpointing=self.checkpointing,
         )
 
@@ -82,6 +88,11 @@ CASES = [  # each has its peak at another stage of the update
     Case("critic", False, 4, 1000, False),
     Case("critic", True, 6, 1000, True),
     Case("critic", True, 24, 1000, True, response=5),
+]
+SHARED = [  # prompts that are longer than the responses, and shorter
+    Case(role, False, 6, 500, True, prompt=prompt, response=response, shared=True)
+    for role in ("policy", "critic")
+    for prompt, response in ((240, 80), (120, 180))
 ]
 
 
@@ -125,11 +136,12 @@ def loss(module: Policy | Critic, micro: MicroBatch) -> torch.Tensor:
 
 def two_packs(case: Case) -> list[MicroBatch]:
     """This rank's two micro-batches of an update."""
-    problem = Problem("", "", "", (1, 2))
     count = 2 * 3 * distributed.world_size()
-    rollouts = [
-        Rollout(problem, [3] * case.response, [0.0] * case.response, "", "") for _ in range(count)
-    ]
+    rollouts = []
+    for i in range(count):
+        prompt = (i // 3 if case.shared else i,) + (2,) * (case.prompt - 1)
+        problem = Problem("", "", "", prompt)
+        rollouts.append(Rollout(problem, [3] * case.response, [0.0] * case.response, "", ""))
     packs = list(micro_batches(rollouts, range(count), case.tokens))
     assert [pack.input_ids.numel() for pack in packs] == [case.tokens, case.tokens]
     return packs
@@ -191,7 +203,7 @@ def agrees(case: Case, cfg: Config, real: dict[str, int]) -> None:
         assert top == pytest.approx(real["predict"] - 12 * parameters, rel=0.15), values
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + SHARED, ids=str)
 def test_an_update_on_a_cpu_allocates_what_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
@@ -358,15 +370,19 @@ def test_vllm_must_hold_a_whole_sequence() -> None:
 
 def test_operations_of_a_step() -> None:
     """With P parameters in the layers, a token costs 2·P forward, and 8·P in an update with
-    activation checkpointing. The policy's update is the critic's and the vocabulary head."""
+    activation checkpointing. A prompt is read once for all of its responses that meet: in the
+    values and the policy's update all 64, in the critic's twelve mini-batches a twelfth of them.
+    The policy's update has the vocabulary head besides."""
     cfg = seven(response_tokens=8, prompt_tokens=64)  # too short for attention to matter
     shape, work = plan.shape(cfg.model), plan.work(cfg)
+    weights = shape.layers * shape.layer
     responses = cfg.prompts * cfg.samples  # of one token each
-    tokens = responses * (64 + 1)
-    assert work["critic"][0] == pytest.approx(8 * shape.layers * shape.layer * tokens, rel=0.01)
-    assert work["critic"][0] == 4 * work["values"][0]
-    head = work["policy"][0] - work["critic"][0]
-    assert head == pytest.approx(8 * shape.vocab * shape.hidden * responses)
+    tokens = responses + 64 * cfg.prompts
+    assert work["values"][0] == pytest.approx(2 * weights * tokens, rel=0.01)
+    head = 8 * shape.vocab * shape.hidden * responses
+    assert work["policy"][0] == pytest.approx(8 * weights * tokens + head, rel=0.01)
+    tokens = responses + 64 * 12 * cfg.prompts
+    assert work["critic"][0] == pytest.approx(8 * weights * tokens, rel=0.01)
     halved = plan.work(replace(cfg, gpus=16))
     assert halved["critic"][1] == pytest.approx(work["critic"][1] / 2)
 

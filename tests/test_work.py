@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import critic
 import hf_sampler
+import packing
 import policy
 import preflight
 import rollout
@@ -28,18 +29,32 @@ class Work(NamedTuple):
     """What was counted in two steps of training."""
 
     counts: Counter[str]
-    rollouts: list[Rollout]  # of both steps
+    steps: list[list[Rollout]]
     model: plan.Shape
     cfg: config.Config
     folder: Path
 
-    def inputs(self) -> int:
-        """Input tokens that one pass over all sequences reads."""
-        return sum(len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in self.rollouts)
+    def needed(self, mini_batches: int) -> int:
+        """Input tokens of both steps, if each mini-batch reads each of its prompts once."""
+        tokens = 0
+        for step, rollouts in enumerate(self.steps):
+            lengths = [len(r.token_ids) for r in rollouts]
+            for members in packing.mini_batches(lengths, mini_batches, f"{self.cfg.seed}/{step}"):
+                tokens += sum(lengths[i] - 1 for i in members)
+                tokens += sum(map(len, {rollouts[i].problem.prompt_ids for i in members}))
+        return tokens
+
+    def unshared(self) -> int:
+        """Input tokens of both steps, if each response reads its prompt."""
+        return sum(len(r.problem.prompt_ids) + len(r.token_ids) - 1 for r in self.rollouts())
+
+    def rollouts(self) -> list[Rollout]:
+        """The responses of both steps."""
+        return [r for step in self.steps for r in step]
 
     def actions(self) -> int:
         """Response tokens of all sequences."""
-        return sum(len(r.token_ids) for r in self.rollouts)
+        return sum(len(r.token_ids) for r in self.rollouts())
 
 
 # ── counting ──────────────────────────────────────────────────────────────────────────────────────
@@ -134,51 +149,69 @@ def work(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
     with pytest.MonkeyPatch.context() as patch:
         count_work(counts, patch)
         folder = train.train(cfg, prepared)
-    rollouts = []
-    for step in range(STEPS):
-        rollouts += rollout.load_rollouts(folder / "rollouts" / f"step-{step}.jsonl")
-    return Work(counts, rollouts, plan.shape(str(base_folder)), cfg, folder)
+    files = [folder / "rollouts" / f"step-{step}.jsonl" for step in range(STEPS)]
+    return Work(
+        counts,
+        [rollout.load_rollouts(file) for file in files],
+        plan.shape(str(base_folder)),
+        cfg,
+        folder,
+    )
 
 
 # ── what was counted ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_models_read_every_token_once_per_stage(work: Work) -> None:
-    """One pass for the values, one of the critic and one of the policy with gradient, and none for
-    log-probabilities that are known. Before the first step the policy reads twice without gradient:
-    the check of the model at load, and that of the sampler."""
-    counts = work.counts
+STAGES = {  # → its mini-batches
+    "Critic, without gradient": 1,
+    "Critic, with gradient": 3,
+    "Policy, with gradient": 1,
+}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_models_read_every_token_once_per_stage(work: Work, stage: str) -> None:
+    """One pass for the values, one of the critic and one of the policy with gradient. A mini-batch
+    reads a prompt once for all of its responses, and once more where a pack is full."""
+    tokens, needed = work.counts[f"tokens: {stage}"], work.needed(STAGES[stage])
+    longest = max(len(r.problem.prompt_ids) for r in work.rollouts())
+    assert needed <= tokens <= needed + longest * work.counts[f"passes: {stage}"]
+    assert tokens < 0.8 * work.unshared()
+
+
+def test_known_logprobs_are_not_computed(work: Work) -> None:
+    """Before the first step the policy reads twice without gradient: the check of the model at
+    load, and that of the sampler. Afterwards it never does."""
     checked = 4  # responses that are sampled to check the sampler before the first step
-    assert counts["tokens: Critic, without gradient"] == work.inputs()
-    assert counts["tokens: Critic, with gradient"] == work.inputs()
-    assert counts["tokens: Policy, with gradient"] == work.inputs()
-    assert counts["passes: Policy, without gradient"] == 2
-    assert counts["tokens: Policy, without gradient"] <= checked * (64 + 48)
+    assert work.counts["passes: Policy, without gradient"] == 2
+    assert work.counts["tokens: Policy, without gradient"] <= checked * (64 + 48)
 
 
-def test_packs_are_full(work: Work) -> None:
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_packs_are_full(work: Work, stage: str) -> None:
     """No more packs than if each was three quarters full, but for the last one of each
     mini-batch."""
-    packs = work.inputs() / (0.75 * work.cfg.micro_tokens)
-    assert work.counts["passes: Policy, with gradient"] <= packs + STEPS
-    assert work.counts["passes: Critic, without gradient"] <= packs + STEPS
-    assert work.counts["passes: Critic, with gradient"] <= packs + STEPS * work.cfg.critic_steps
+    packs = work.needed(STAGES[stage]) / (0.75 * work.cfg.micro_tokens)
+    assert work.counts[f"passes: {stage}"] <= packs + STEPS * STAGES[stage]
 
 
 def test_fourteen_operations_per_weight_and_token(work: Work) -> None:
     """2 for the values, 6 each for critic and policy. The vocabulary head computes on response
     tokens alone and costs 8: its logits are computed again in the backward pass."""
-    shape = work.model
+    shape, counts = work.model, work.counts
     norms = 2 * shape.hidden
     biases = (shape.heads + 2 * shape.kv_heads) * shape.head_size
     matrices = shape.layers * (shape.layer - norms - biases)
-    body = matrices * work.inputs()
     value_head = shape.hidden * work.actions()
     vocabulary_head = shape.vocab * shape.hidden * work.actions()
-    counts = work.counts
-    assert counts["flops: predict_values"] == 2 * (body + value_head)
-    assert counts["flops: update_critic"] == 6 * (body + value_head)
-    assert counts["flops: update_policy"] == 6 * body + 8 * vocabulary_head
+
+    def body(stage: str) -> int:
+        return matrices * counts[f"tokens: {stage}"]
+
+    assert counts["flops: predict_values"] == 2 * (body("Critic, without gradient") + value_head)
+    assert counts["flops: update_critic"] == 6 * (body("Critic, with gradient") + value_head)
+    policy_flops = 6 * body("Policy, with gradient") + 8 * vocabulary_head
+    assert counts["flops: update_policy"] == policy_flops
 
 
 def test_sampler_computes_few_tokens_that_are_not_kept(work: Work) -> None:
@@ -197,7 +230,7 @@ def test_weights_are_copied_once_per_step(work: Work) -> None:
 
 
 def test_the_same_answer_is_compared_once(work: Work) -> None:
-    pairs = {(r.problem.answer, r.answer) for r in work.rollouts if r.answer}
+    pairs = {(r.problem.answer, r.answer) for r in work.rollouts() if r.answer}
     different = {(gold, answer) for gold, answer in pairs if gold != answer}
     assert len(different) > 5
     assert work.counts["pairs compared"] <= len(different)

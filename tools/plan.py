@@ -216,11 +216,13 @@ def _states(cfg: Config, role: str, phase: str) -> Items:
 
 
 def _prediction(cfg: Config) -> Items:
-    """What the critic's forward pass takes without gradient: the MLP of one layer at a time."""
+    """What the critic's forward pass takes without gradient: one layer at a time, and of that the
+    MLP or the attention."""
     sizes, b = shape(cfg.model), number_bytes(cfg)
     gathered = b * (sizes.critic - (sizes.layers - 3) * sizes.layer)
+    wider = max(3 * sizes.width, _attention_numbers(cfg, mini_batches=1))
     return {
-        "activations": cfg.micro_tokens * b * (3 * sizes.width + 4 * sizes.hidden),
+        "activations": cfg.micro_tokens * b * (wider + 4 * sizes.hidden),
         "gathered weights": gathered if cfg.gpus else 0,
     }
 
@@ -300,14 +302,14 @@ def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
     | attention | b·(3Q + 2K) + 4·heads | q, k, v by sequence; output, also repacked; log-sum-exp |
     | MLP | 4b·I | gate, SiLU(gate), up, their product |
 
-    With activation checkpointing b·H of them stay, and one layer at a time has all of them again.
+    Where responses share a prompt, attention has more: `_attention_numbers`. With activation
+    checkpointing b·H of them stay, and one layer at a time has all of them again.
     """
     sizes, b, tokens = shape(cfg.model), number_bytes(cfg), cfg.micro_tokens
-    Q = sizes.heads * sizes.head_size
-    K = sizes.kv_heads * sizes.head_size
     stream = tokens * b * sizes.hidden
     norm = tokens * 4 * sizes.hidden + 2 * stream
-    attention = b * (3 * Q + 2 * K) + 4 * sizes.heads
+    steps = cfg.critic_steps if role == "critic" else cfg.policy_steps
+    attention = b * _attention_numbers(cfg, steps) + 4 * sizes.heads
     layer = 2 * norm + tokens * (attention + 4 * b * sizes.width)
     last = norm
     if role == "critic":  # the value head reads the final norm in float32
@@ -315,6 +317,31 @@ def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
     if cfg.activation_checkpointing:
         return sizes.layers * stream, layer, last
     return sizes.layers * layer, 0, last
+
+
+def _attention_numbers(cfg: Config, mini_batches: int) -> float:
+    """Numbers that autograd keeps of a layer's attention for a token of a pack: 3Q + 2K. Every
+    response has its prompt's keys and values once more; on a CPU also its queries and outputs,
+    where the prompt is no longer than the response."""
+    sizes = shape(cfg.model)
+    Q = sizes.heads * sizes.head_size
+    K = sizes.kv_heads * sizes.head_size
+    prompt, response = _mean_tokens(cfg)
+    meeting = responses_that_meet(cfg, mini_batches)
+    repeated = 1.0
+    if meeting > 1:
+        repeated += meeting * prompt / (prompt + meeting * response)
+    queries = 1.0 if cfg.gpus or prompt > response else repeated
+    return Q * (2 * queries + 1) + 2 * K * repeated
+
+
+def responses_that_meet(cfg: Config, mini_batches: int) -> float:
+    """Mean number of responses that share their prompt in a pack, at least 1: those that the
+    mini-batch has, or those that the pack holds."""
+    prompt, response = _mean_tokens(cfg)
+    of_mini_batch = cfg.samples / mini_batches
+    of_pack = (cfg.micro_tokens - prompt) / response
+    return max(1.0, min(of_mini_batch, of_pack))
 
 
 def _logits(cfg: Config) -> int:
@@ -488,30 +515,41 @@ def _mean_tokens(cfg: Config) -> tuple[int, float]:
 def _operations(cfg: Config) -> dict[str, float]:
     """Floating-point operations of each phase.
 
-    In a forward pass a token costs 2 operations per weight and, because attention is causal, 2·Q
-    per layer and token of its sequence, with Q the width of all query heads. A backward pass
-    costs twice that. Activation checkpointing adds a forward pass, and the logits are computed
-    again in any case. The critic's mini-batches together use every response once, so that policy
-    and critic read the same tokens.
+    A backward pass costs twice a forward pass. Activation checkpointing adds a forward pass, and
+    the logits are computed again in any case. The sampler is counted as if it read each response's
+    prompt by itself.
     """
     sizes = shape(cfg.model)
     count = cfg.prompts * cfg.samples
-    prompt, response = _mean_tokens(cfg)
-    length = prompt + response
-    attention = 2 * sizes.heads * sizes.head_size * length
-    body = count * length * sizes.layers * (2 * sizes.layer + attention)
-    whole = body + count * response * 2 * sizes.vocab * sizes.hidden
+    _, response = _mean_tokens(cfg)
+    logits = count * response * 2 * sizes.vocab * sizes.hidden
+    once = count * _forward(cfg, responses_that_meet(cfg, 1))
+    critic = count * _forward(cfg, responses_that_meet(cfg, cfg.critic_steps))
+    policy = count * _forward(cfg, responses_that_meet(cfg, cfg.policy_steps))
     passes = 4 if cfg.activation_checkpointing else 3
-    policy_update = passes * body + 4 * (whole - body)
+    policy_update = passes * policy + 4 * logits
     if cfg.policy_steps > 1:  # log π_old takes a forward pass of its own
-        policy_update += whole
+        policy_update += once + logits
     return {
-        "sample": whole,
-        "values": body,
-        "critic": passes * body,
+        "sample": count * _forward(cfg, 1) + logits,
+        "values": once,
+        "critic": passes * critic,
         "policy": policy_update,
         "sync": 0.0,
     }
+
+
+def _forward(cfg: Config, meeting: float) -> float:
+    """Operations of a forward pass through the layers for one response, when `meeting` responses
+    share their prompt: 2 per weight and token, and 4·Q per layer and pair of query and key, with Q
+    the width of all query heads. A response attends to its prompt and, causally, to itself; the
+    prompt is read and attends to itself once for all."""
+    sizes = shape(cfg.model)
+    prompt, response = _mean_tokens(cfg)
+    tokens = response + prompt / meeting
+    pairs = response * prompt + response**2 / 2 + prompt**2 / 2 / meeting
+    attention = 4 * sizes.heads * sizes.head_size * pairs
+    return sizes.layers * (2 * sizes.layer * tokens + attention)
 
 
 def _decoding_seconds(cfg: Config) -> float:
