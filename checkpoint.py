@@ -104,6 +104,7 @@ class Checkpoints:
         self.about = {
             "settings": asdict(config),
             "model": architecture(trained["policy"][0].model.config),
+            "models": {role: architecture(m.model.config) for role, (m, _) in trained.items()},
             "roles": list(trained),
             "ranks": distributed.world_size(),
         }
@@ -439,19 +440,27 @@ def set_aside_newer(folder: Path, resume_from: Checkpoint) -> list[Path]:
     ]
 
 
-def require_same_model(
-    resume_from: Checkpoint, model_config: Any, roles: Sequence[str], steps: int
-) -> None:
-    """Raise ValueError when the checkpoint is of another model, of other roles, or past the end of
-    this run."""
+# What a checkpoint is of, and where this run has it from.
+WHICH = {"policy": ("model", "--model"), "critic": ("critic", "this run's (--critic-model)")}
+
+
+def require_same_models(resume_from: Checkpoint, configs: Mapping[str, Any], steps: int) -> None:
+    """Raise ValueError when the checkpoint is of other models than this run's, whose `configs` are
+    by role, of other roles, or past the end of this run."""
     path, about = resume_from
-    now = architecture(model_config)
-    for key, value in about["model"].items():
-        if now.get(key) != value:
-            raise ValueError(
-                f"{path} is of another model: its {key} is {value}, --model has {now.get(key)}"
-            )
-    if about["roles"] != list(roles):
+    roles = list(configs)
+    # Early versions had one architecture for both.
+    saved = about.get("models", dict.fromkeys(roles, about["model"]))
+    for role, config in configs.items():
+        now = architecture(config)
+        for key, value in saved.get(role, {}).items():
+            of_head = role == "critic" and key == "tie_word_embeddings"  # it has another head
+            if now[key] != value and not of_head:
+                what, which = WHICH[role]
+                raise ValueError(
+                    f"{path} is of another {what}: its {key} is {value}, {which} has {now[key]}"
+                )
+    if about["roles"] != roles:
         raise ValueError(
             f"{path} holds {' and '.join(about['roles'])}, this run has {' and '.join(roles)}"
         )
@@ -475,8 +484,8 @@ def is_run_config(config: Any) -> bool:
 
 def changed_settings(resume_from: Checkpoint, config: Any) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's: name → (then, now)."""
-    then = resume_from.about["settings"]
-    now = json.loads(json.dumps(asdict(config)))
+    then, now = (json.loads(json.dumps(asdict(c))) for c in (type(config)(), config))
+    then |= resume_from.about["settings"]  # an early version's lack what was added since
     of_the_start = ("name", "runs", "overwrite", "resume")
     names = [f.name for f in fields(config) if f.name not in of_the_start and f.name in then]
     return {name: (then[name], now[name]) for name in names if then[name] != now[name]}
@@ -493,12 +502,12 @@ def without_effect(resume_from: Checkpoint, config: Any) -> dict[str, str]:
     done = resume_from.about["step"]
     if done >= config.steps:
         return dict.fromkeys(changed, "nothing is left to train")
-    reasons = dict.fromkeys(OF_THE_START, "the weights are the checkpoint's")
+    reasons = dict.fromkeys((*OF_THE_START, "critic_model"), "the weights are the checkpoint's")
     if not (config.kl_loss or config.kl_reward):  # otherwise --model is the reference, too
         reasons["model"] = "the weights are the checkpoint's"
     for role in ("policy", "critic"):
         name = f"{role}_lr_warmup"
-        if max(changed.get(name, (0,))) <= done * getattr(config, f"{role}_steps"):
+        if max(changed.get(name, (0,))) <= config.optimizer_steps(role, done):
             reasons[name] = "the warm-up is over"
     return {name: reason for name, reason in reasons.items() if name in changed}
 

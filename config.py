@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -25,6 +26,8 @@ Positive = Annotated[float, Range(0, LARGE, above=True)]
 NotNegative = Annotated[float, Range(0, LARGE)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, above=True)]
+ShareOrNone = Share | None  # None: off
+PositiveOrNone = Positive | None
 Temperature = Annotated[float, Range(0.01, 100)]  # below, vLLM samples at 0.01
 Seconds = Annotated[float, Range(0, 24 * 3600, above=True)]
 Minutes = Annotated[float, Range(0, 365 * 24 * 60, above=True)]
@@ -134,12 +137,21 @@ class Config(BatchSettings):
     """Discount γ of GAE (§3.1; §3.3 shows why)."""
     lam: Share = 1.0
     """λ of GAE (§3.1; Fig. 7)."""
+    lam_critic: ShareOrNone = None
+    """λ of the value targets, where it is not that of the advantages (VC-PPO, arXiv 2503.01491,
+    §3.3: 1, and 0.95 for the policy); none: --lam."""
+    lam_adaptive: PositiveOrNone = None
+    """α of a λ that grows with the response, for the advantages only: 1 − 1/(α l) for l tokens, at
+    least 0 (VAPO, arXiv 2504.05118: α = 0.05); none: --lam."""
     clip_eps: Positive = 0.2
     """Clip range ε of Eq. 1; without effect on a strictly on-policy step."""
     policy_steps: Count = 1
     """Policy optimizer steps per iteration; 1 is strictly on-policy (§3.1; Fig. 12 has 8)."""
     critic_steps: Count = 12
     """Critic optimizer steps per iteration, each on its own mini-batch (§3.1)."""
+    critic_only_steps: CountOrNone = 0
+    """Iterations at the start in which the critic learns and the policy stands still (VC-PPO,
+    arXiv 2503.01491, §3.2; VAPO: 50). Part of --steps."""
     policy_lr: PositiveShare = 1e-6
     """Learning rate of the policy (§3.1)."""
     critic_lr: PositiveShare = 5e-6
@@ -191,6 +203,9 @@ class Config(BatchSettings):
     init_critic: str = ""
     """Folder of a trained critic to start from (an export of ours, or one of the authors'); none:
     the base model."""
+    critic_model: str = ""
+    """Folder or hub id of a base model with the same tokenizer, whose weights the critic starts
+    from: a smaller critic (AsyPPO, arXiv 2510.01656); none: --model."""
     activation_checkpointing: bool = False
     """Keep one hidden state per layer for the backward pass and recompute the rest: less memory, a
     third more work."""
@@ -224,6 +239,18 @@ class Config(BatchSettings):
     def trained_roles(self) -> list[str]:
         """The models that train."""
         return ["policy", "critic"] if self.advantage == "gae" else ["policy"]
+
+    def optimizer_steps(self, role: str, iterations: int) -> int:
+        """Optimizer steps that a model has taken after so many iterations; learning rates are a
+        function of them.
+
+        >>> cfg = Config(critic_only_steps=5, critic_steps=12)
+        >>> cfg.optimizer_steps("critic", 7), cfg.optimizer_steps("policy", 7)
+        (84, 2)
+        """
+        if role == "critic":
+            return iterations * self.critic_steps
+        return max(0, iterations - self.critic_only_steps) * self.policy_steps
 
 
 QWEN: dict[str, dict[str, Any]] = {
@@ -266,7 +293,7 @@ def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -
     default = Config(**{"model": model} | preset)
     cfg = tyro.cli(Config, args=list(argv), default=default, description=description, prog=prog)
     name = cfg.name or f"{Path(cfg.model).name}-seed{cfg.seed}"
-    return replace(cfg, model=hub_id(cfg.model), name=name)
+    return replace(cfg, model=hub_id(cfg.model), critic_model=hub_id(cfg.critic_model), name=name)
 
 
 def validate_ranges(settings: Any) -> None:
@@ -275,11 +302,24 @@ def validate_ranges(settings: Any) -> None:
         values = [getattr(settings, name)]
         if get_origin(hint) is tuple:  # of any length: the range is that of each value
             values, hint = values[0], get_args(hint)[0]
+        if values == [None]:
+            continue
+        hint = without_none(hint)
         allowed = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)]
         for value in values if allowed else ():
             why = _outside(value, hint.__origin__, allowed[0])
             if why:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {why}")
+
+
+def without_none(hint: Any) -> Any:
+    """The type of a setting that may be None, without None; any other type unchanged.
+
+    >>> without_none(int | None), without_none(int)
+    (<class 'int'>, <class 'int'>)
+    """
+    others = [kind for kind in get_args(hint) if kind is not NoneType]
+    return others[0] if NoneType in get_args(hint) else hint
 
 
 def _outside(value: float, kind: type, allowed: Range) -> str:

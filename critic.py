@@ -36,7 +36,12 @@ class Critic(torch.nn.Module):
     def forward(self, micro: MicroBatch) -> Tensor:
         """V_φ(s_t) for each action, (n,) float32, read at the token *before* the action: at the
         same hidden state that gives log π(a_t|s_t). The first action's value is read at the last
-        prompt token; nothing is read after the last action."""
+        prompt token; nothing is read after the last action.
+
+        A policy may have more rows than its tokenizer has tokens, and sample one of them. A critic
+        of another model (--critic-model) may have fewer: it reads its own last row instead."""
+        last_row = self.model.config.vocab_size - 1
+        micro = micro._replace(input_ids=micro.input_ids.clamp(max=last_row))
         values = self.model.score(hidden_states(self.model, micro).float()).squeeze(-1)
         return values.clone()  # FSDP attaches hooks to the output, which may not be a view
 

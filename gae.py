@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def gae(
-    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 1.0
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Advantages Â_t and value targets G_t of every response token (§2.1).
 
@@ -38,7 +38,8 @@ def gae(
     | rewards r_t | (N,) | reward after action t; R on each response's last token, else 0 |
     | values V(s_t) | (N,) | critic's value of the state *before* action t |
     | lengths | (B,) | response tokens per response, each ≥ 1, summing to N |
-    | gamma γ, lam λ | scalars | discount; GAE's bias–variance trade-off |
+    | gamma γ | scalar | discount |
+    | lam λ | scalar or (B,) | GAE's bias–variance trade-off, for all responses or for each |
     | → advantages Â_t, targets G_t | (N,), (N,) | float32 |
 
     Raises ValueError when the shapes do not belong together. A response of three tokens with R = 1
@@ -61,12 +62,30 @@ def gae(
     last = lengths.cumsum(0) - 1  # (B,) flat index of each response's last token
     # All responses at once: first their last tokens, then those one before, and so on.
     for distance in range(int(lengths.max())):
-        t = (last - distance)[lengths > distance]  # flat indices of the tokens at this distance
+        long_enough = lengths > distance
+        t = (last - distance)[long_enough]  # flat indices of the tokens at this distance
         if distance == 0:
             targets[t] = r[t]
         else:
-            targets[t] = r[t] + gamma * ((1 - lam) * v[t + 1] + lam * targets[t + 1])
+            lam_t = lam[long_enough] if isinstance(lam, Tensor) else lam
+            targets[t] = r[t] + gamma * ((1 - lam_t) * v[t + 1] + lam_t * targets[t + 1])
     return targets - v, targets
+
+
+def length_adaptive_lam(alpha: float, lengths: Tensor) -> Tensor:
+    """VAPO's λ of each response (arXiv 2504.05118, "Length-Adaptive GAE"), (B,) float32:
+
+        λ = 1 − 1/(α l)     for a response of l tokens
+
+    With it the weights of the one-step errors, Σ_k λ^k ≈ 1/(1 − λ), sum to α l: a share α of the
+    response, whatever its length. A fixed λ = 0.95 has a sum of 20, so a reward at token 5,000 does
+    not reach token 0. The paper does not say what holds for α l ≤ 1, where the formula is not above
+    0; here λ is 0 there, and the advantage is the one-step error.
+
+    >>> length_adaptive_lam(0.05, torch.tensor([10, 40, 400, 8000]))
+    tensor([0.0000, 0.5000, 0.9500, 0.9975])
+    """
+    return (1 - 1 / (alpha * lengths.float())).clamp(min=0)
 
 
 def last_token_rewards(R: Tensor, lengths: Tensor) -> Tensor:

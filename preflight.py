@@ -118,6 +118,14 @@ def validate_numbers(cfg: Config) -> None:
     parts = f"--prompt-tokens {cfg.prompt_tokens} + --response-tokens {cfg.response_tokens}"
     why = f"cannot hold one sequence of {parts}"
     _require(cfg.micro_tokens >= longest, cfg, "micro_tokens", why)
+    why = f"is above --steps {cfg.steps}, which include them"
+    _require(cfg.critic_only_steps <= cfg.steps, cfg, "critic_only_steps", why)
+    if cfg.lam_adaptive is not None:
+        above_zero = cfg.lam_adaptive * cfg.response_tokens > 1
+        why = (
+            f"λ = 1 − 1/(α l) is above 0 for no response of --response-tokens {cfg.response_tokens}"
+        )
+        _require(above_zero, cfg, "lam_adaptive", f"{why}; raise it")
 
 
 def validate_sampler(cfg: BatchSettings) -> None:
@@ -142,7 +150,18 @@ def _require(condition: bool, cfg: BatchSettings, name: str, why: str) -> None:
 
 
 # Without a critic, GAE or the reward that it spreads over the tokens, these change nothing.
-NEEDS_CRITIC = ("gamma", "lam", "kl_reward", "value_clip", "value_head", "init_critic")
+NEEDS_CRITIC = (
+    "gamma",
+    "lam",
+    "lam_critic",
+    "lam_adaptive",
+    "critic_only_steps",
+    "kl_reward",
+    "value_clip",
+    "value_head",
+    "init_critic",
+    "critic_model",
+)
 # A replay grades and evaluates nothing.
 NEEDS_GRADING = (
     "eval_data",
@@ -173,6 +192,12 @@ def _validate_effects(cfg: Config) -> None:
         refuse(("vllm_memory",), "with --engine transformers")
     if cfg.init_critic:
         refuse(("value_head",), "with --init-critic, which has one")
+    if cfg.critic_model == cfg.model:
+        refuse(("critic_model",), "where it is --model")
+    if cfg.lam_adaptive is not None:
+        refuse(("lam",), "with --lam-adaptive; λ of the value targets is --lam-critic")
+    elif cfg.lam_critic == cfg.lam:
+        refuse(("lam_critic",), f"beside --lam {cfg.lam}, which the value targets have, too")
     if cfg.policy_steps == 1:
         refuse(("clip_eps",), "without --policy-steps: one step is strictly on-policy")
     if not cfg.anneal_steps:
@@ -210,6 +235,7 @@ def _validate_choices(cfg: Config) -> None:
     """Refuse flags that need something that is missing, or that exclude each other."""
     if cfg.overwrite and cfg.resume:
         raise ValueError("--overwrite would remove what --resume goes on from; pass one of them")
+    validate_one_critic(cfg)
     if cfg.model not in tiny.TASKS and not (cfg.data or cfg.replay):
         raise ValueError(
             "--data is missing: JSON in the authors' form, or JSONL with question and answer"
@@ -219,6 +245,14 @@ def _validate_choices(cfg: Config) -> None:
             raise ValueError(
                 f"--replay {cfg.replay}: has no step-{step}.jsonl; lower --steps or save more"
             )
+
+
+def validate_one_critic(cfg: Config) -> None:
+    """Refuse two critics to start from; --plan calls this, too."""
+    if cfg.init_critic and cfg.critic_model:
+        raise ValueError(
+            "--init-critic and --critic-model both say what the critic starts from; pass one"
+        )
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -302,17 +336,24 @@ def _checkpoint_to_resume(cfg: Config) -> Checkpoint | None:
 def _validate_changes(cfg: Config, resume_from: Checkpoint) -> None:
     """Refuse settings that only count at the start of a run, where they differ from the
     checkpoint's. `reports.log` says which others have no effect."""
-    changed = checkpoint.changed_settings(resume_from, cfg).keys()
+    changes = checkpoint.changed_settings(resume_from, cfg)
+    changed = changes.keys()
     why = f"with --resume: the critic is that of {resume_from.path}"
     refuse_without_effect(cfg, Config(), sorted(changed & checkpoint.OF_THE_START), why)
-    is_over = 0 < cfg.anneal_steps <= resume_from.about["step"] * cfg.policy_steps
+    done = resume_from.about["step"]
+    is_over = 0 < cfg.anneal_steps <= cfg.optimizer_steps("policy", done)
     why = f"counts from step 0 and is over at {resume_from.path}; pass --policy-lr instead"
     _require(not (is_over and "anneal_steps" in changed), cfg, "anneal_steps", why)
+    # The policy's learning rate counts from the end of the critic-only steps.
+    then, now = changes.get("critic_only_steps", (done, done))
+    why = f"counts from step 0 and is over at {resume_from.path}; pass {then} as before"
+    _require(min(then, now) >= done, cfg, "critic_only_steps", why)
 
 
 def _require_inputs_outside(cfg: Config, replaced: list[Path]) -> None:
     """Raise ValueError when an input of the run is in one of the folders that it replaces."""
-    given = {name: [getattr(cfg, name)] for name in ("model", "data", "replay", "init_critic")}
+    names = ("model", "data", "replay", "init_critic", "critic_model")
+    given = {name: [getattr(cfg, name)] for name in names}
     given["eval_data"] = list(formats.named(cfg.eval_data).values())
     for name, sources in given.items():
         for source in sources:
@@ -339,32 +380,67 @@ def _check_model_files(
     config = model_config(model_path)
     longest = cfg.prompt_tokens + cfg.response_tokens
     require_trainable(config, longest, model_path, with_critic="critic" in cfg.trained_roles)
-    if resume_from:
-        checkpoint.require_same_model(resume_from, config, cfg.trained_roles, cfg.steps)
-    if cfg.init_critic:
-        check_critic("--init-critic", cfg.init_critic, config)
     tokenizer = load_tokenizer(model_path, config.vocab_size)
     eos_ids(model_path, tokenizer, config.vocab_size)
     validate_length(longest, config, model_path)
+    critic_config = config
+    if cfg.init_critic:
+        critic_config = check_critic("--init-critic", cfg.init_critic, config, tokenizer, longest)
+    if cfg.critic_model:
+        critic_config = _check_critic_model(cfg.critic_model, tokenizer, longest)
+    validate_length(longest, critic_config, cfg.init_critic or cfg.critic_model or model_path)
+    if resume_from:
+        configs = {"policy": config, "critic": critic_config}
+        of_roles = {role: configs[role] for role in cfg.trained_roles}
+        checkpoint.require_same_models(resume_from, of_roles, cfg.steps)
     return tokenizer
 
 
-def check_critic(flag: str, path: str, policy_config: Any) -> None:
-    """Raise ValueError unless `path` holds a critic of the policy's architecture and vocabulary."""
+def check_critic(
+    flag: str, path: str, policy_config: Any, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Any:
+    """The configuration of the trained critic in `path`, which reads the tokens of the policy and
+    its `tokenizer`. Raises ValueError if it has no value head, reads other tokens, or cannot be
+    trained on sequences of `longest` tokens."""
     head = _stored_value_head(flag, path)
-    size = policy_config.hidden_size
-    if head is None or head.numel() != size:
-        holds = "no value head" if head is None else f"a value head of {head.numel()} numbers"
-        raise ValueError(f"{flag} {path}: holds {holds}; expected {size}")
-    config = _read_config(flag, path)
-    require_unquantized(config, path, flag)
-    for name in ("model_type", "vocab_size"):
-        found, wanted = getattr(config, name, None), getattr(policy_config, name, None)
-        if found != wanted:
-            raise ValueError(
-                f"{flag} {path}: its {name} is {found}, the policy's is {wanted}; their "
-                "tokens would differ"
-            )
+    if head is None:
+        raise ValueError(f"{flag} {path}: holds no value head")
+    config = read_config(flag, path)
+    _require_causal(config, path, flag)
+    if head.numel() != config.hidden_size:
+        holds = f"a value head of {head.numel()} numbers; expected {config.hidden_size}"
+        raise ValueError(f"{flag} {path}: holds {holds}")
+    shared = ("model_type", "hidden_size", "vocab_size")
+    if any(getattr(config, name, None) != getattr(policy_config, name, None) for name in shared):
+        _require_same_tokens(flag, path, config, tokenizer)
+    require_trainable(config, longest, path, flag=flag)
+    return config
+
+
+def _check_critic_model(path: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> Any:
+    """The configuration of the base model that --critic-model names. Raises ValueError if it is no
+    language model, reads other tokens than the policy, or cannot be trained as a critic."""
+    flag = "--critic-model"
+    config = model_config(path, flag)
+    _require_same_tokens(flag, path, config, tokenizer)
+    require_trainable(config, longest, path, flag=flag)
+    return config
+
+
+def _require_same_tokens(
+    flag: str, path: str, config: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless the tokenizer in `path` has the policy's tokens with the same ids.
+    How many rows the models have does not matter: Qwen2.5-7B has more than Qwen2.5-0.5B."""
+    ids = tokenizer.get_vocab()
+    ids_there = load_tokenizer(path, config.vocab_size, flag).get_vocab()
+    different = {token for token, _ in ids.items() ^ ids_there.items()}
+    if different:
+        token = min(different)
+        raise ValueError(
+            f"{flag} {path}: the id of {token!r} is {ids_there.get(token, 'absent')} in its "
+            f"tokenizer, {ids.get(token, 'absent')} in the policy's; a critic reads those"
+        )
 
 
 def _read_problems(
@@ -484,20 +560,24 @@ def validate_length(longest: int, config: Any, path: str) -> None:
         )
 
 
-def model_config(path: str) -> Any:
+def model_config(path: str, flag: str = "--model") -> Any:
     """The configuration of a causal language model. Raises ValueError for anything else."""
-    config = _read_config("--model", path)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
-        raise ValueError(
-            f"--model {path}: a {config.model_type} model is not a causal language model"
-        )
+    config = read_config(flag, path)
+    _require_causal(config, path, flag)
     classes = " ".join(config.architectures or ())
-    if "Classification" in classes or _stored_value_head("--model", path) is not None:
-        raise ValueError(f"--model {path}: a critic or classifier, not a language model")
+    if "Classification" in classes or _stored_value_head(flag, path) is not None:
+        raise ValueError(f"{flag} {path}: a critic or classifier, not a language model")
     return config
 
 
-def _read_config(flag: str, path: str) -> Any:
+def _require_causal(config: Any, path: str, flag: str) -> None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise ValueError(
+            f"{flag} {path}: a {config.model_type} model is not a causal language model"
+        )
+
+
+def read_config(flag: str, path: str) -> Any:
     folder, why = Path(path), ""
     if folder.is_file():
         why = "it is a file"
@@ -526,27 +606,27 @@ def require_unquantized(config: Any, path: str, flag: str = "--model") -> None:
         )
 
 
-def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, vocab_size: int, flag: str = "--model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model with `vocab_size` tokens. Raises ValueError with one line if it
     cannot be read or is not the model's."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises plain exceptions
         raise ValueError(
-            f"--model {path}: its tokenizer cannot be read ({first_line(error)})"
+            f"{flag} {path}: its tokenizer cannot be read ({first_line(error)})"
         ) from None
     # Where files are missing, transformers makes an empty tokenizer.
     text = "1+1=2"
     decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
     if "".join(decoded.split()) != text:
         raise ValueError(
-            f"--model {path}: its tokenizer turns {text!r} into {decoded!r}; are its files "
+            f"{flag} {path}: its tokenizer turns {text!r} into {decoded!r}; are its files "
             "(tokenizer.json, tokenizer_config.json) in the folder?"
         )
     needed = 1 + max(tokenizer.get_vocab().values())
     if needed > vocab_size:
         raise ValueError(
-            f"--model {path}: its tokenizer has {needed} tokens, the model {vocab_size}"
+            f"{flag} {path}: its tokenizer has {needed} tokens, the model {vocab_size}"
         )
     return tokenizer
 
@@ -588,16 +668,18 @@ def require_samplable(config: Any, path: str) -> None:
         )
 
 
-def require_trainable(config: Any, longest: int, path: str, with_critic: bool = True) -> None:
+def require_trainable(
+    config: Any, longest: int, path: str, with_critic: bool = True, flag: str = "--model"
+) -> None:
     """Raise ValueError, which names the type and the reason, when packed sequences of up to
     `longest` tokens of this model cannot be trained. It needs the configuration only; what it
     cannot see, `policy.check_logprobs` sees when the weights are loaded. docs/models.md lists which
     types work."""
 
     def refuse(why: str) -> NoReturn:
-        raise ValueError(f"--model {path}: cannot train a {config.model_type} model: {why}")
+        raise ValueError(f"{flag} {path}: cannot train a {config.model_type} model: {why}")
 
-    require_unquantized(config, path)
+    require_unquantized(config, path, flag)
 
     parts = set(type(config).sub_configs) - {"attn_config", "ffn_config"}
     if parts:

@@ -31,7 +31,13 @@ from checkpoint import Checkpoints, Trained, export_model, load_checkpoint
 from config import STOP, Config, parse, validate_ranges
 from critic import Critic, load_critic
 from distributed import Sharding
-from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
+from gae import (
+    gae,
+    grpo_advantages,
+    last_token_rewards,
+    length_adaptive_lam,
+    normalize_advantages,
+)
 from hf_sampler import HFSampler
 from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
@@ -98,7 +104,10 @@ def train(cfg: Config, inputs: Inputs) -> Path:
                     advantages = compute_group_advantages(cfg, rollouts)
                 advantages = normalize_advantages(advantages)  # §3.1; with GRPO, too
                 with log.phase("policy"), on_device(policy, models.policy_optimizer):
-                    metrics |= update_policy(cfg, models, rollouts, advantages, step)
+                    if step >= cfg.critic_only_steps:  # 0 in the recipe
+                        metrics |= update_policy(cfg, models, rollouts, advantages, step)
+                    else:
+                        metrics |= measure_policy(cfg, policy, rollouts)
             if sampler:
                 with log.phase("sync"), on_device(policy):
                     sync_weights(sampler, policy)
@@ -143,7 +152,8 @@ def load_models(cfg: Config, path: str) -> Models:
     policy = load_policy(path, sharding)
     critic = critic_optimizer = reference = None
     if "critic" in cfg.trained_roles:
-        critic = load_critic(cfg.init_critic or path, cfg.value_head, cfg.seed, sharding)
+        source = cfg.init_critic or cfg.critic_model or path
+        critic = load_critic(source, cfg.value_head, cfg.seed, sharding)
         critic_optimizer = ppo.adamw(list(critic.parameters()))
     if cfg.kl_loss or cfg.kl_reward:
         reference = load_policy(path, sharding._replace(offload=False)).requires_grad_(False)
@@ -221,7 +231,7 @@ def compute_advantages(
     cfg: Config, models: Models, rollouts: Sequence[Rollout], values: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Â_t and value targets G_t of all response tokens of the step, flat (N,) (§2.1). In the recipe
-    Â_t = R − V(s_t) and G_t = R."""
+    Â_t = R − V(s_t) and G_t = R. With --lam-adaptive or --lam-critic each has its own λ."""
     lengths = torch.tensor([len(r.token_ids) for r in rollouts], device=values.device)
     R = torch.tensor([r.reward for r in rollouts], device=values.device)
     rewards = last_token_rewards(R, lengths)
@@ -231,7 +241,13 @@ def compute_advantages(
         whole = replace(cfg, top_p=1.0)  # a KL needs the reference's probability of every token
         logp_ref = compute_logprobs(whole, models.reference, rollouts)
         rewards = ppo.kl_shaped_rewards(rewards, logp, logp_ref, cfg.kl_reward, cfg.kl_estimator)
-    return gae(rewards, values, lengths, cfg.gamma, cfg.lam)
+    advantages, targets = gae(rewards, values, lengths, cfg.gamma, cfg.lam)
+    if cfg.lam_critic is not None:
+        _, targets = gae(rewards, values, lengths, cfg.gamma, cfg.lam_critic)
+    if cfg.lam_adaptive is not None:
+        lam = length_adaptive_lam(cfg.lam_adaptive, lengths)
+        advantages, _ = gae(rewards, values, lengths, cfg.gamma, lam)
+    return advantages, targets
 
 
 def compute_group_advantages(cfg: Config, rollouts: Sequence[Rollout]) -> Tensor:
@@ -272,7 +288,8 @@ def update_critic(
             loss.backward()
             total += loss.detach()
         losses.append(require_finite("value loss", total))
-        lr = ppo.learning_rate(step * cfg.critic_steps + k, cfg.critic_lr, cfg.critic_lr_warmup)
+        taken = cfg.optimizer_steps("critic", step) + k
+        lr = ppo.learning_rate(taken, cfg.critic_lr, cfg.critic_lr_warmup)
         norms.append(ppo.optimizer_step(models.critic_optimizer, lr, cfg.max_grad_norm))
     losses = distributed.all_reduce_sum(torch.tensor(losses, dtype=torch.float64)).tolist()
     return {
@@ -318,7 +335,7 @@ def update_policy(
             (loss / num_tokens).backward()
             totals.add(loss, entropy, clipped, kl, (old - logp_sampler[micro.flat]).abs())
         require_finite("policy loss", totals.sums[0])
-        lr = policy_learning_rate(cfg, step * cfg.policy_steps + k)
+        lr = policy_learning_rate(cfg, cfg.optimizer_steps("policy", step) + k)
         norms.append(ppo.optimizer_step(models.policy_optimizer, lr, cfg.max_grad_norm))
     stats = totals.means(sum(lengths))
     if not cfg.kl_loss:
@@ -331,6 +348,14 @@ def policy_learning_rate(cfg: Config, optimizer_step: int) -> float:
     return ppo.learning_rate(
         optimizer_step, cfg.policy_lr, cfg.policy_lr_warmup, cfg.anneal_steps, cfg.anneal_to
     )
+
+
+def measure_policy(cfg: Config, policy: Policy, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What is logged of a policy that stands still (--critic-only-steps): its learning rate, 0, and
+    |Δ log-prob|, whether the sampler is still the policy. Nothing is learned."""
+    gaps = (compute_logprobs(cfg, policy, rollouts) - sampler_logprobs(rollouts)).abs()
+    gap = float(gaps.double().mean())
+    return {"logp_gap": gap, "logp_gap_max": float(gaps.max()), "policy_lr": 0.0}
 
 
 def reference_kl(cfg: Config, models: Models, micro: MicroBatch, logp: Tensor) -> Tensor | None:

@@ -51,7 +51,7 @@ def trained_critic(cfg: Config) -> Config:
         cfg,
         name=f"{cfg.name}-alone",
         steps=5,
-        policy_lr=1e-12,
+        critic_only_steps=5,
         eval_data=(few_problems(16, cfg).data,),
     )
     folder = train.train(critic_only, prepare(critic_only))

@@ -61,12 +61,11 @@ def main() -> None:
             names, why = ("top_p", "seed"), "with --temperature 0, which draws nothing"
             preflight.refuse_without_effect(settings, Question(question=""), names, why)
         longest = len(data.prompt("")) + len(settings.question) + settings.response_tokens
-        if settings.critic:
-            preflight.check_critic("--critic", settings.critic, config)
-            preflight.require_trainable(config, longest, path)  # V(s_t) is read as in training
         positions = getattr(config, "max_position_embeddings", None) or longest
         preflight.require_unquantized(config, path)
         tokenizer = preflight.load_tokenizer(path, config.vocab_size)
+        if settings.critic:  # V(s_t) is read as in training
+            preflight.check_critic("--critic", settings.critic, config, tokenizer, longest)
         eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
         model = load_for_sampling(path, torch_dtype(settings.dtype)).to(distributed.device())

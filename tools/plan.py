@@ -87,16 +87,16 @@ class Shape(NamedTuple):
 
 
 @cache
-def shape(model: str) -> Shape:
+def shape(model: str, flag: str = "--model") -> Shape:
     """Sizes of a model in SHAPES; of another folder or hub id, from its config.json. The parameters
     are counted on a model that has no memory."""
-    config = _config(model)
+    config = _config(model, flag)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     split = set(whole._no_split_modules or ())
     one_layer = next((m for m in whole.modules() if type(m).__name__ in split), None)
     if one_layer is None:
-        raise ValueError(f"--model {model}: a {config.model_type} model has no layers to plan for")
+        raise ValueError(f"{flag} {model}: a {config.model_type} model has no layers to plan for")
     parameters = sum(p.numel() for p in whole.parameters())
     hidden, heads = config.hidden_size, config.num_attention_heads
     tied = config.tie_word_embeddings
@@ -116,11 +116,29 @@ def shape(model: str) -> Shape:
     )
 
 
-def _config(model: str) -> Any:
-    """The configuration of a model. Raises ValueError if it is not a causal language model."""
+def shape_of(cfg: Config, role: str) -> Shape:
+    """Sizes of the model that the policy or the critic starts from."""
+    model, flag = _start(cfg, role)
+    return shape(model, flag)
+
+
+def _start(cfg: Config, role: str) -> tuple[str, str]:
+    """The model that the policy or the critic starts from, and the flag that names it."""
+    if role == "critic" and cfg.init_critic:
+        return cfg.init_critic, "--init-critic"
+    if role == "critic" and cfg.critic_model:
+        return cfg.critic_model, "--critic-model"
+    return cfg.model, "--model"
+
+
+def _config(model: str, flag: str) -> Any:
+    """The configuration of a model. Raises ValueError if it is not a causal language model, or
+    with --init-critic if it cannot be read."""
+    if flag == "--init-critic":
+        return preflight.read_config(flag, model)
     name = model.removeprefix("Qwen/")
     if name not in SHAPES:
-        return preflight.model_config(model)
+        return preflight.model_config(model, flag)
     sizes = dict(zip([*FIELDS, "tie_word_embeddings"], SHAPES[name], strict=True))
     return Qwen2Config(**sizes, max_position_embeddings=POSITIONS.get(name, POSITIONS_OF_OTHERS))
 
@@ -143,13 +161,15 @@ def check(cfg: Config) -> None:
     """Raise ValueError for settings that cannot work and for models that cannot be trained, as the
     run itself would."""
     preflight.validate_numbers(cfg)
+    preflight.validate_one_critic(cfg)
     if cfg.gpus and cfg.gpus % cfg.replicas:
         raise ValueError(f"--replicas {cfg.replicas}: does not divide the {cfg.gpus} GPUs")
-    config = _config(cfg.model)
     longest = cfg.prompt_tokens + cfg.response_tokens
-    critic = "critic" in cfg.trained_roles
-    preflight.require_trainable(config, longest, cfg.model, with_critic=critic)
-    preflight.validate_length(longest, config, cfg.model)
+    with_critic = "critic" in cfg.trained_roles
+    for model, flag in dict.fromkeys(_start(cfg, role) for role in cfg.trained_roles):
+        config = _config(model, flag)
+        preflight.require_trainable(config, longest, model, with_critic, flag)
+        preflight.validate_length(longest, config, model)
 
 
 def shards(cfg: Config) -> int:
@@ -207,7 +227,7 @@ def _states(cfg: Config, role: str, phase: str) -> Items:
         "moments": 8 * here,
         "gradients": 4 * (role == phase),
     }
-    parameters = getattr(shape(cfg.model), role)
+    parameters = getattr(shape_of(cfg, role), role)
     return {
         f"{role} {state}": count * parameters / shards(cfg)
         for state, count in bytes_each.items()
@@ -218,9 +238,9 @@ def _states(cfg: Config, role: str, phase: str) -> Items:
 def _prediction(cfg: Config) -> Items:
     """What the critic's forward pass takes without gradient: one layer at a time, and of that the
     MLP or the attention."""
-    sizes, b = shape(cfg.model), number_bytes(cfg)
+    sizes, b = shape_of(cfg, "critic"), number_bytes(cfg)
     gathered = b * (sizes.critic - (sizes.layers - 3) * sizes.layer)
-    wider = max(3 * sizes.width, _attention_numbers(cfg, mini_batches=1))
+    wider = max(3 * sizes.width, _attention_numbers(cfg, "critic", mini_batches=1))
     return {
         "activations": cfg.micro_tokens * b * (wider + 4 * sizes.hidden),
         "gathered weights": gathered if cfg.gpus else 0,
@@ -253,7 +273,7 @@ class Stage(NamedTuple):
 
 def _stages(cfg: Config, role: str) -> Iterator[Stage]:
     """The stages of an update that can be its peak."""
-    sizes, b = shape(cfg.model), number_bytes(cfg)
+    sizes, b = shape_of(cfg, role), number_bytes(cfg)
     stream = cfg.micro_tokens * b * sizes.hidden  # the hidden states between two layers
     kept, recomputed, last = _activations(cfg, role)
     gathered = _gathered(cfg, role)
@@ -305,11 +325,11 @@ def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
     Where responses share a prompt, attention has more: `_attention_numbers`. With activation
     checkpointing b·H of them stay, and one layer at a time has all of them again.
     """
-    sizes, b, tokens = shape(cfg.model), number_bytes(cfg), cfg.micro_tokens
+    sizes, b, tokens = shape_of(cfg, role), number_bytes(cfg), cfg.micro_tokens
     stream = tokens * b * sizes.hidden
     norm = tokens * 4 * sizes.hidden + 2 * stream
     steps = cfg.critic_steps if role == "critic" else cfg.policy_steps
-    attention = b * _attention_numbers(cfg, steps) + 4 * sizes.heads
+    attention = b * _attention_numbers(cfg, role, steps) + 4 * sizes.heads
     layer = 2 * norm + tokens * (attention + 4 * b * sizes.width)
     last = norm
     if role == "critic":  # the value head reads the final norm in float32
@@ -319,11 +339,11 @@ def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
     return sizes.layers * layer, 0, last
 
 
-def _attention_numbers(cfg: Config, mini_batches: int) -> float:
+def _attention_numbers(cfg: Config, role: str, mini_batches: int) -> float:
     """Numbers that autograd keeps of a layer's attention for a token of a pack: 3Q + 2K. Every
     response has its prompt's keys and values once more; on a CPU also its queries and outputs,
     where the prompt is no longer than the response."""
-    sizes = shape(cfg.model)
+    sizes = shape_of(cfg, role)
     Q = sizes.heads * sizes.head_size
     K = sizes.kv_heads * sizes.head_size
     prompt, response = _mean_tokens(cfg)
@@ -365,7 +385,7 @@ def _gathered(cfg: Config, role: str) -> Gathered:
     """FSDP gathers the root for a whole pass and two layers at a time. It sums in float32."""
     if not cfg.gpus:
         return Gathered()
-    sizes, b, wide = shape(cfg.model), number_bytes(cfg), gradient_bytes(cfg)
+    sizes, b, wide = shape_of(cfg, role), number_bytes(cfg), gradient_bytes(cfg)
     root = getattr(sizes, role) - sizes.layers * sizes.layer  # parameters
     return Gathered(
         root_weights=b * root,
@@ -523,28 +543,28 @@ def _operations(cfg: Config) -> dict[str, float]:
     count = cfg.prompts * cfg.samples
     _, response = _mean_tokens(cfg)
     logits = count * response * 2 * sizes.vocab * sizes.hidden
-    once = count * _forward(cfg, responses_that_meet(cfg, 1))
-    critic = count * _forward(cfg, responses_that_meet(cfg, cfg.critic_steps))
-    policy = count * _forward(cfg, responses_that_meet(cfg, cfg.policy_steps))
+    values = count * _forward(cfg, "critic", responses_that_meet(cfg, 1))
+    critic = count * _forward(cfg, "critic", responses_that_meet(cfg, cfg.critic_steps))
+    policy = count * _forward(cfg, "policy", responses_that_meet(cfg, cfg.policy_steps))
     passes = 4 if cfg.activation_checkpointing else 3
     policy_update = passes * policy + 4 * logits
     if cfg.policy_steps > 1:  # log π_old takes a forward pass of its own
-        policy_update += once + logits
+        policy_update += count * _forward(cfg, "policy", responses_that_meet(cfg, 1)) + logits
     return {
-        "sample": count * _forward(cfg, 1) + logits,
-        "values": once,
+        "sample": count * _forward(cfg, "policy", 1) + logits,
+        "values": values,
         "critic": passes * critic,
         "policy": policy_update,
         "sync": 0.0,
     }
 
 
-def _forward(cfg: Config, meeting: float) -> float:
-    """Operations of a forward pass through the layers for one response, when `meeting` responses
-    share their prompt: 2 per weight and token, and 4·Q per layer and pair of query and key, with Q
-    the width of all query heads. A response attends to its prompt and, causally, to itself; the
-    prompt is read and attends to itself once for all."""
-    sizes = shape(cfg.model)
+def _forward(cfg: Config, role: str, meeting: float) -> float:
+    """Operations of a forward pass through the layers of a policy or critic for one response, when
+    `meeting` responses share their prompt: 2 per weight and token, and 4·Q per layer and pair of
+    query and key, with Q the width of all query heads. A response attends to its prompt and,
+    causally, to itself; the prompt is read and attends to itself once for all."""
+    sizes = shape_of(cfg, role)
     prompt, response = _mean_tokens(cfg)
     tokens = response + prompt / meeting
     pairs = response * prompt + response**2 / 2 + prompt**2 / 2 / meeting
@@ -572,12 +592,12 @@ def _decoding_seconds(cfg: Config) -> float:
 
 def _offloaded_bytes(cfg: Config) -> dict[str, int]:
     """Bytes that --offload moves to the GPUs for a phase, and back after it."""
-    sizes = shape(cfg.model)
+    policy, critic = shape_of(cfg, "policy").policy, shape_of(cfg, "critic").critic
     return {
-        "values": 4 * sizes.critic,
-        "critic": 12 * sizes.critic,
-        "policy": 12 * sizes.policy,
-        "sync": 4 * sizes.policy,
+        "values": 4 * critic,
+        "critic": 12 * critic,
+        "policy": 12 * policy,
+        "sync": 4 * policy,
     }
 
 
@@ -593,8 +613,11 @@ def show(cfg: Config) -> str:
     if cfg.gpus:
         place = f"{cfg.gpus} × {cfg.gpu_memory:g} GB"
         variants["with --offload"] = replace(cfg, offload=True)
-    parameters = shape(cfg.model).policy
-    lines = [f"{cfg.model} ({parameters:,} parameters) on {place}; computed, not measured"]
+    named = f"{cfg.model} ({shape(cfg.model).policy:,} parameters)"
+    if "critic" in cfg.trained_roles and _start(cfg, "critic") != _start(cfg, "policy"):
+        critic, _ = _start(cfg, "critic")
+        named += f" with the critic {critic} ({shape_of(cfg, 'critic').critic:,})"
+    lines = [f"{named} on {place}; computed, not measured"]
     in_gb = peak(cfg)[1] > GB
     for title, variant in variants.items():
         lines += _memory_table(variant, title, in_gb)
@@ -624,7 +647,7 @@ def _time_table(variants: dict[str, Config]) -> list[str]:
         rows.append([f"seconds {title}", *(seconds for _, seconds in work(variant).values())])
     for row in rows:
         row.append(sum(row[1:]))
-    parameters = sum(getattr(shape(cfg.model), role) for role in cfg.trained_roles)
+    parameters = sum(getattr(shape_of(cfg, role), role) for role in cfg.trained_roles)
     host = 12 * parameters * cfg.replicas / ceil(cfg.gpus / 8) / GB
     prompt, response = _mean_tokens(cfg)
     return [
