@@ -37,14 +37,18 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def random_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, tied: bool, seed: int = 0
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tied: bool,
+    seed: int = 0,
+    hidden_size: int = 64,
 ) -> Path:
     """A Qwen2 of random weights in `folder`. The weights are large, so that its distribution is far
     from uniform."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer) + 3,  # wider than the tokenizer, as Qwen2.5's is
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -362,8 +362,6 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     wide.save_pretrained(copied("small-vocabulary"))
     qwen.num_labels = 1
     Qwen2ForSequenceClassification(qwen).save_pretrained(folder / "critic")
-    other = qwen.__class__(**{**qwen.to_dict(), "hidden_size": 32, "num_labels": 1})
-    Qwen2ForSequenceClassification(other).save_pretrained(folder / "narrow-critic")
     gpt2 = GPT2Config(
         n_embd=64, n_layer=1, n_head=2, vocab_size=qwen.vocab_size, num_labels=1, pad_token_id=0
     )
@@ -376,8 +374,13 @@ def make_models(folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase) -
     falcon = small(FalconConfig, tokenizer)
     falcon.alibi = True
     FalconForCausalLM(falcon).save_pretrained(folder / "falcon")
-    for name in ("critic", "narrow-critic", "gpt2-critic", "mamba", "bert", "falcon"):
+    for name in ("critic", "mamba", "bert", "falcon"):
         tokenizer.save_pretrained(folder / name)
+    save_file({"score.weight": torch.zeros(1, 32)}, copied("cut-head") / "model.safetensors")
+    save_file({"score.weight": torch.zeros(1, 32)}, folder / "t5-model" / "model.safetensors")
+    vocabulary = (model / "tokenizer.json").read_text()
+    swapped = vocabulary.replace('"1":', '"?":', 1).replace('"2":', '"1":', 1)
+    copied("other-tokens", "tokenizer.json", swapped.replace('"?":', '"2":', 1))
     (copied("no-weights") / "model.safetensors").unlink()
     make_wrong_weights(model, copied)
     make_wrong_settings(model, copied)
@@ -525,7 +528,7 @@ def numeric_rows() -> Iterator[Row]:
     """For each numeric setting of each program: what is below, above, and no number at all."""
     for program, settings in SETTINGS.items():
         for name, allowed in ranges(settings).items():
-            kind = get_type_hints(settings)[name]
+            kind = config.without_none(get_type_hints(settings)[name])
             flag = f"--{name.replace('_', '-')}"
             low = allowed.low if allowed.above else allowed.low - (1 if kind is int else 0.001)
             yield Row(program, f"{flag}={kind(low)}", f"{flag} {kind(low)}: must ")
@@ -543,7 +546,7 @@ def ranges(settings: type) -> dict[str, Range]:
     """The numeric settings of a program, and their ranges."""
     found = {}
     for name, hint in get_type_hints(settings, include_extras=True).items():
-        for item in getattr(hint, "__metadata__", ()):
+        for item in getattr(config.without_none(hint), "__metadata__", ()):
             if isinstance(item, Range):
                 found[name] = item
     return found
@@ -586,6 +589,18 @@ ROWS = [
     Row("train", "--advantage grpo --value-clip 0.2", "--value-clip 0.2: has no effect"),
     Row("train", "--advantage grpo --value-head zeros", "--value-head zeros: has no effect"),
     Row("train", "--advantage grpo --init-critic CRITIC", "has no effect with --advantage grpo"),
+    Row("train", "--advantage grpo --lam-critic 0.9", "--lam-critic 0.9: has no effect with"),
+    Row("train", "--advantage grpo --lam-adaptive 0.1", "--lam-adaptive 0.1: has no effect with"),
+    Row("train", "--advantage grpo --critic-only-steps 1", "--critic-only-steps 1: has no effect"),
+    Row("train", "--advantage grpo --critic-model GPT2", "has no effect with --advantage grpo"),
+    Row("train", "--lam-critic 1", "--lam-critic 1.0: has no effect beside --lam 1.0, which the"),
+    Row("train", "--lam 0.9 --lam-adaptive 0.1", "--lam 0.9: has no effect with --lam-adaptive"),
+    Row(
+        "train", "--lam-adaptive 0.04", "is above 0 for no response of --response-tokens 24; raise"
+    ),
+    Row("train", "--critic-only-steps 3", "--critic-only-steps 3: is above --steps 2, which"),
+    Row("train", "--init-critic CRITIC --critic-model GPT2", "starts from; pass one"),
+    Row("train", "--critic-model MODEL", "has no effect where it is --model"),
     Row("train", "--anneal-to 1e-9", "--anneal-to 1e-09: has no effect without --anneal-steps"),
     Row("train", "--kl-estimator k1", "--kl-estimator k1: has no effect without --kl-loss"),
     Row("train", "--clip-eps 0.3", "--clip-eps 0.3: has no effect without --policy-steps"),
@@ -674,13 +689,21 @@ ROWS = [
     Row("train", "--model CRITIC", "a critic or classifier, not a language model"),
     Row("evaluate", "--model CRITIC", "a critic or classifier, not a language model"),
     Row("ask", "--model CRITIC", "a critic or classifier, not a language model"),
-    Row("train", "--init-critic MODEL", "holds no value head; expected 64"),
-    Row("train", "--init-critic NARROW-CRITIC", "holds a value head of 32 numbers; expected 64"),
-    Row("train", "--init-critic GPT2-CRITIC", "its model_type is gpt2, the policy's is qwen2"),
+    Row("train", "--init-critic MODEL", "holds no value head"),
+    Row("train", "--init-critic CUT-HEAD", "holds a value head of 32 numbers; expected 64"),
+    Row("train", "--init-critic T5-MODEL", "a t5 model is not a causal language model"),
+    Row("train", "--init-critic GPT2-CRITIC", "--init-critic GPT2-CRITIC: its tokenizer turns"),
     Row("train", "--init-critic WEIGHTS-CUT", "its weights cannot be read"),
     Row("train", "--init-critic absent", "--init-critic absent: holds no value head"),
-    Row("ask", "--critic MODEL", "holds no value head; expected 64"),
-    Row("ask", "--critic GPT2-CRITIC", "its model_type is gpt2, the policy's is qwen2"),
+    Row("train", "--critic-model CRITIC", "--critic-model CRITIC: a critic or classifier, not a"),
+    Row("train", "--critic-model OTHER-TOKENS", "the id of '1' is 9 in its tokenizer, 8 in the"),
+    Row("train", "--critic-model NO-TOKENIZER", "--critic-model NO-TOKENIZER: its tokenizer turns"),
+    Row("train", "--critic-model MAMBA", "--critic-model MAMBA: cannot train a mamba model: it"),
+    Row("train", "--critic-model QUANTIZED", "--critic-model QUANTIZED: its weights are quantized"),
+    Row("train", "--critic-model FEW-WEIGHTS", "the weight model.norm.weight is missing"),
+    Row("train", "--critic-model absent", "--critic-model absent: not a folder or hub id"),
+    Row("ask", "--critic MODEL", "holds no value head"),
+    Row("ask", "--critic GPT2-CRITIC", "--critic GPT2-CRITIC: its tokenizer turns '1+1=2' into"),
     Row("ask", "--critic absent", "--critic absent: holds no value head"),
     # replayed rollouts
     Row("train", "--replay REPLAY/whole --steps 3", "has no step-2.jsonl"),
@@ -723,6 +746,10 @@ ROWS = [
     Row("plan-a-run", "--model no/such-model", "not a folder or hub id with a readable model"),
     Row("plan-a-run", "--model EMPTY", "not a folder or hub id with a readable model"),
     Row("plan-a-run", "--model T5-MODEL", "a t5 model is not a causal language model"),
+    Row("plan-a-run", "--critic-model CRITIC", "--critic-model CRITIC: a critic or classifier"),
+    Row("plan-a-run", "--critic-model MAMBA", "--critic-model MAMBA: cannot train a mamba model"),
+    Row("plan-a-run", "--init-critic absent", "--init-critic absent: not a folder or hub id with"),
+    Row("plan-a-run", "--init-critic CRITIC --critic-model GPT2", "starts from; pass one"),
     Row("plan-a-run", "--model CRITIC", "a critic or classifier, not a language model"),
     Row("plan-a-run", "--response-tokens 1000 --micro-tokens 9999", "over the 1024 positions"),
     Row("plan-a-run", "--advantage grpo --samples 1", "it needs at least 2"),
@@ -861,9 +888,8 @@ def test_there_are_at_least_250_rows_and_none_is_there_twice() -> None:
 def test_every_numeric_setting_has_a_range() -> None:
     for settings in SETTINGS.values():
         assert is_dataclass(settings)
-        numeric = {
-            f.name for f in fields(settings) if get_type_hints(settings)[f.name] in (int, float)
-        }
+        kinds = {n: config.without_none(hint) for n, hint in get_type_hints(settings).items()}
+        numeric = {f.name for f in fields(settings) if kinds[f.name] in (int, float)}
         assert numeric == set(ranges(settings))
 
 

@@ -491,6 +491,7 @@ def test_inputs_in_the_run_folder_are_refused(
         "--data": [damaged / "mine.json", damaged / "link.json"],
         "--eval-data": [damaged / "mine.json", f"x={damaged / 'mine.json'}"],
         "--init-critic": [damaged / "critic"],
+        "--critic-model": [damaged / "model"],
     }
     before = contents(damaged)
     for flag, sources in given.items():

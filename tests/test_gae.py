@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gae import gae, grpo_advantages, last_token_rewards, normalize_advantages
+from config import Config
+from data import Problem
+from gae import gae, grpo_advantages, last_token_rewards, length_adaptive_lam, normalize_advantages
+from rollout import Rollout
+from train import Models, compute_advantages
 
 
 def one_step_errors(r: Tensor, v: Tensor, gamma: float) -> Tensor:
@@ -123,15 +127,14 @@ def test_nothing_leaks_between_responses(
     assert torch.equal(shuffled, expected)
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.9, 0.0)])
-def test_equals_torchrl(gamma: float, lam: float) -> None:
-    """torchrl's independent implementation, which takes a padded (B, T) batch with done flags."""
+def by_torchrl(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """torchrl's independent implementation, which takes a padded (B, T) batch with done flags. The
+    test is skipped without torchrl."""
     functional = pytest.importorskip("torchrl.objectives.value.functional")
-    torch.manual_seed(1)
-    lengths = torch.tensor([5, 9, 1, 9])
     B, T = len(lengths), int(lengths.max())
     inside = torch.arange(T) < lengths[:, None]
-    rewards, values = torch.randn(2, int(lengths.sum()))
     r, v = torch.zeros(B, T), torch.zeros(B, T)
     r[inside] = rewards
     v[inside] = values
@@ -146,9 +149,73 @@ def test_equals_torchrl(gamma: float, lam: float) -> None:
         done=done[..., None],
         terminated=done[..., None],
     )
+    return A[..., 0][inside], target[..., 0][inside]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.99, 0.95), (0.9, 0.0)])
+def test_equals_torchrl(gamma: float, lam: float) -> None:
+    torch.manual_seed(1)
+    lengths = torch.tensor([5, 9, 1, 9])
+    rewards, values = torch.randn(2, int(lengths.sum()))
+    A, targets = by_torchrl(rewards, values, lengths, gamma, lam)
     our_A, our_targets = gae(rewards, values, lengths, gamma, lam)
-    torch.testing.assert_close(our_A, A[..., 0][inside], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(our_targets, target[..., 0][inside], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_A, A, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_targets, targets, atol=1e-5, rtol=1e-5)
+
+
+# ── λ of the critic, and of each response ─────────────────────────────────────────────────────────
+
+
+def of_step(values: Tensor, lengths: Tensor, R: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+    """Advantages and targets of a step with these settings."""
+    rollouts = [
+        Rollout(Problem(f"p:{i}", "", ""), [0] * n, [0.0] * n, "stop", "", reward=float(r))
+        for i, (n, r) in enumerate(zip(lengths.tolist(), R, strict=True))
+    ]
+    models = Models(None, None, None, None, None)
+    return compute_advantages(Config(**settings), models, rollouts, values)
+
+
+def test_decoupled_and_length_adaptive_by_hand() -> None:
+    """R = 1 and V = (0.5, 0.6, 0.9): δ = (0.1, 0.3, 0.1). With λ = 0.5 and λ_critic = 1 the
+    advantages are Â_2 = 0.1, Â_1 = 0.3 + 0.05 = 0.35, Â_0 = 0.1 + 0.175 = 0.275, and the targets
+    are R. With α = 0.5 λ is 1 − 1/1.5 = 1/3: Â_1 = 0.3 + 0.1/3, Â_0 = 0.1 + Â_1/3."""
+    V, length, R = torch.tensor([0.5, 0.6, 0.9]), torch.tensor([3]), torch.tensor([1.0])
+    A, targets = of_step(V, length, R, lam=0.5, lam_critic=1.0)
+    torch.testing.assert_close(A, torch.tensor([0.275, 0.35, 0.1]))
+    assert torch.equal(targets, torch.ones(3))
+    A, targets = of_step(V, length, R, lam_adaptive=0.5)
+    torch.testing.assert_close(A, torch.tensor([0.1 + 1 / 9, 1 / 3, 0.1]))
+    assert torch.equal(targets, torch.ones(3))
+    _, targets = of_step(V, length, R, lam_adaptive=0.5, lam_critic=0.0)  # r_t + V(s_{t+1})
+    torch.testing.assert_close(targets, torch.tensor([0.6, 0.9, 1.0]))
+
+
+def test_decoupled_gae_with_equal_lambdas_is_gae_to_the_last_bit() -> None:
+    torch.manual_seed(2)
+    lengths, R = torch.tensor([7, 300, 1, 2]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    values = torch.rand(310)
+    expected = gae(last_token_rewards(R, lengths), values, lengths, 0.99, 0.95)
+    decoupled = of_step(values, lengths, R, gamma=0.99, lam=0.95, lam_critic=0.95)
+    coupled = of_step(values, lengths, R, gamma=0.99, lam=0.95)
+    assert all(map(torch.equal, decoupled, expected))
+    assert all(map(torch.equal, coupled, expected))
+
+
+def test_length_adaptive_lambda_equals_torchrl_response_by_response() -> None:
+    """Each response has the λ of its length; those of up to 1/α tokens have λ = 0."""
+    torch.manual_seed(3)
+    lengths, R = torch.tensor([25, 1, 60, 20]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    values, rewards = torch.rand(106), last_token_rewards(R, lengths)
+    assert length_adaptive_lam(0.05, lengths).tolist() == pytest.approx([0.2, 0, 2 / 3, 0])
+    A, targets = of_step(values, lengths, R, gamma=0.99, lam_adaptive=0.05, lam_critic=0.9)
+    columns = (by_response(x, lengths) for x in (rewards, values, A))
+    lams = (0.2, 0.0, 2 / 3, 0.0)
+    for r, v, ours, lam in zip(*columns, lams, strict=True):
+        expected, _ = by_torchrl(r, v, torch.tensor([len(r)]), 0.99, lam)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    _, expected = by_torchrl(rewards, values, lengths, 0.99, 0.9)
+    torch.testing.assert_close(targets, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
