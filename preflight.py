@@ -439,7 +439,7 @@ def _require_same_tokens(
         token = min(different)
         raise ValueError(
             f"{flag} {path}: the id of {token!r} is {ids_there.get(token, 'absent')} in its "
-            f"tokenizer, {ids.get(token, 'absent')} in the policy's; a critic reads those"
+            f"tokenizer and {ids.get(token, 'absent')} in the policy's; take a model with the same"
         )
 
 

@@ -36,7 +36,7 @@ def updates(out: Path, model_path: Path, cfg: Config) -> None:
     step, the weights, the values and the metrics."""
     sharding = Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload)
     policy = load_policy(str(model_path), sharding)
-    critic = load_critic(str(model_path), sharding=sharding)
+    critic = load_critic(cfg.critic_model or str(model_path), sharding=sharding)
     policy_optimizer = ppo.adamw(list(policy.parameters()))
     critic_optimizer = ppo.adamw(list(critic.parameters()))
     models = train.Models(policy, policy_optimizer, critic, critic_optimizer, None)
@@ -87,7 +87,10 @@ def update_once(cfg: Config, models: train.Models, step: int) -> tuple[Tensor, d
         stats = train.update_critic(cfg, models, rollouts, values, targets, step)
     advantages = train.normalize_advantages(advantages)
     with distributed.on_device(cfg.offload, policy, models.policy_optimizer):
-        stats |= train.update_policy(cfg, models, rollouts, advantages, step)
+        if step >= cfg.critic_only_steps:
+            stats |= train.update_policy(cfg, models, rollouts, advantages, step)
+        else:
+            stats |= train.measure_policy(cfg, policy, rollouts)
     return values, stats
 
 

@@ -112,8 +112,7 @@ def test_critic_only_steps_can_change_until_they_are_over(flags: list[str], whol
     has none."""
     first, third = (str(whole / "checkpoints" / f"step-{step}") for step in (1, 3))
     for more in (("--critic-only-steps", "1"), ("--critic-only-steps", "4")):
-        cfg = parse([*flags, "--name", "x", "--resume", first, *more])
-        assert preflight._checkpoint_to_resume(cfg).about["step"] == 1
+        preflight._validate_changes(parse([*flags, *more]), read_checkpoint(Path(first)))
         message = refusal(flags, "--resume", third, *more)
         assert message.endswith(f"is over at {third}; pass {ALONE} as before")
     message = refusal(flags, "--resume", first, "--critic-only-steps", "0")

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "critic_lr_warmup": 1,
     "micro_tokens": 250,
 }
+OF_CRITIC: dict[str, Any] = {"critic_only_steps": 1, "critic_model": "", "lam_adaptive": 0.2}
 
 
 def on(ranks: int, job: str, out: Path, model_path: Path, **settings: Any) -> None:
@@ -57,7 +58,7 @@ def same_updates(a: Path, b: Path) -> None:
     ("ranks", "settings"),
     [
         (2, {}),
-        (2, {"replicas": 2, "activation_checkpointing": True, "offload": True}),
+        (2, {"replicas": 2, "activation_checkpointing": True, "offload": True} | OF_CRITIC),
         pytest.param(4, {}, marks=pytest.mark.slow),
         pytest.param(4, {"replicas": 2}, marks=pytest.mark.slow),
     ],
@@ -66,11 +67,16 @@ def test_world_size_changes_nothing(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, settings: dict[str, Any]
 ) -> None:
     """Lengths are uneven. Some ranks have fewer packs than others, and with 4 mini-batches of 13
-    responses on 4 ranks some have none. The head is tied, and with hybrid sharding it is not."""
+    responses on 4 ranks some have none. The head is tied, and with hybrid sharding it is not;
+    there the critic is smaller, it learns alone in the first step, and λ is of each response."""
     model_path = random_model(tmp_path / "model", tokenizer, tied=not settings)
     (tmp_path / "1").mkdir()
-    on_ranks.updates(tmp_path / "1", model_path, Config(**SETTINGS))
-    on(ranks, "updates", tmp_path / "many", model_path, **settings)
+    of_critic = {name: settings[name] for name in OF_CRITIC if name in settings}
+    if "critic_model" in settings:
+        small = random_model(tmp_path / "small", tokenizer, tied=True, hidden_size=32)
+        of_critic["critic_model"] = str(small)
+    on_ranks.updates(tmp_path / "1", model_path, Config(**SETTINGS | of_critic))
+    on(ranks, "updates", tmp_path / "many", model_path, **settings | of_critic)
     same_updates(tmp_path / "1", tmp_path / "many")
 
 
