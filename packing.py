@@ -604,6 +604,8 @@ def check_against_own_forward(
         raise ValueError(f"{what}{type(error).__name__}: {str(error).splitlines()[0]}") from error
     finally:
         model.set_attn_implementation("packed")
+    if not torch.cat(expected).isfinite().all():
+        raise ValueError(f"{name}: {quantity} of the model's own forward pass are not finite")
     gap = float((ours - torch.cat(expected)).abs().max())
     if not gap <= CHECK_TOLERANCE * max(1.0, *magnitudes):
         raise ValueError(
