@@ -19,7 +19,7 @@ TORCH := $(shell grep -o 'torch==[^"]*' pyproject.toml)
 # TORCH_INDEX names another index for torch: the address of PyTorch's index of CPU builds, which its
 # installation page gives.
 TORCH_INDEX ?=
-# uv installs in a tenth of the time. UV= leaves it out: it does not know pip's configuration.
+# uv installs several times faster. UV= leaves it out: it does not know pip's configuration.
 UV ?= $(shell command -v uv 2>/dev/null)
 VENV := $(if $(UV),$(UV) venv -q --allow-existing --python $(PYTHON),$(PYTHON) -m venv)
 # Modules are compiled when they are first imported: most never are.

@@ -7,22 +7,21 @@ of several responses stands once, and the layers compute it once:
     sequence B: prompt p p p, response d e
 
     place          0  1  2   3  4   5   6  7  8
-    input_ids      p  p  p | a  b | d | q  q  f    a response's last token is no input: nothing
-                                                   follows it
-    position_ids   0  1  2   3  4   3   0  1  2    a response goes on where its prompt ends
-    predict_index        2   3  4                  the token *before* an action: its hidden state
-                         2          5      7  8    gives log π(a_t|s_t) and V(s_t) alike
-                         ↓   ↓  ↓   ↓      ↓  ↓
-    actions             a,d  b  c   e      f  g
-    flat                0,3  1  2   4      5  6    the action's place in the step's (N,) vectors
+    input_ids      p  p  p | a  b | d | q  q  f     a response's last token is no input: nothing
+                                                    follows it
+    position_ids   0  1  2   3  4   3   0  1  2     a response goes on where its prompt ends
 
-Attention is causal. The bars cut the pack into segments, and a segment attends to itself and to its
-prompt, never to another sequence:
+    predict_index  2 3 4    2 5    7 8              the token *before* an action: its hidden state
+                   ↓ ↓ ↓    ↓ ↓    ↓ ↓              gives log π(a_t|s_t) and V(s_t) alike
+    actions        a b c    d e    f g
+    flat           0 1 2    3 4    5 6              the action's place in the step's (N,) vectors
 
-    queries        p  p  p | a  b | d | q  q  f    cu_seqlens_q = [0, 3, 5, 6, 9]
-    their keys     p  p  p | p  p  p  a  b | p  p  p  d | q  q  f
-    key_index      0  1  2   0  1  2  3  4   0  1  2  5   6  7  8
-                                                   cu_seqlens_k = [0, 3, 8, 12, 15]
+Attention is causal. The bars cut the pack into segments, and a segment attends to its prompt and to
+itself, never to another sequence:
+
+    a segment      p p p    a b          d          q q f    cu_seqlens_q = [0, 3, 5, 6, 9]
+    its keys       p p p    p p p a b    p p p d    q q f    cu_seqlens_k = [0, 3, 8, 12, 15]
+    key_index      0 1 2    0 1 2 3 4    0 1 2 5    6 7 8
 
 No [T × T] mask is ever built.
 """
@@ -605,6 +604,8 @@ def check_against_own_forward(
         raise ValueError(f"{what}{type(error).__name__}: {str(error).splitlines()[0]}") from error
     finally:
         model.set_attn_implementation("packed")
+    if not torch.cat(expected).isfinite().all():
+        raise ValueError(f"{name}: {quantity} of the model's own forward pass are not finite")
     gap = float((ours - torch.cat(expected)).abs().max())
     if not gap <= CHECK_TOLERANCE * max(1.0, *magnitudes):
         raise ValueError(

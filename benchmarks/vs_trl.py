@@ -216,8 +216,17 @@ def validate(cfg: Settings) -> None:
         raise ValueError(f"--lengths {' '.join(map(str, cfg.lengths))}: one of them occurs twice")
     if cfg.episodes % BATCH:
         raise ValueError(f"--episodes {cfg.episodes}: must be a multiple of {BATCH}")
-    if cfg.print and not RESULT.exists():
+
+
+def recorded_pages() -> str:
+    """What the pages quote of the recorded result. Raises ValueError when there is none, or one
+    from another version."""
+    if not RESULT.exists():
         raise ValueError(f"--print: {RESULT} does not exist; run without --print first")
+    try:
+        return pages(json.loads(RESULT.read_text()))
+    except KeyError as error:
+        raise ValueError(f"--print: {RESULT} has no {error}; run without --print first") from None
 
 
 def notes(cfg: Settings, runs: Runs) -> list[str]:
@@ -237,11 +246,11 @@ def main() -> None:
     cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.vs_trl")
     try:
         validate(cfg)
+        if cfg.print:
+            print(recorded_pages())
+            return
     except ValueError as error:
         sys.exit(f"benchmarks.vs_trl: {error}")
-    if cfg.print:
-        print(pages(json.loads(RESULT.read_text())))
-        return
     for release in RELEASES.values():
         install(release)
     runs = measure(cfg)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from curation.files import read_jsonl
+from reports.metrics import SETTINGS, comparable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +73,6 @@ SHARE = (0, 1.02)
 FROM_ZERO = (0, None)
 REWARD = ("reward", "reward")  # metric, label of its axis
 LENGTH = ("length", "response length [tokens]")
-# What an evaluation has beside metrics: how it was sampled and graded, a checksum of its problems
-SETTINGS, PROBLEMS = "settings", "problems_crc32"
 FIGURES = {  # file name → title, panels
     "reward_length": (
         "Reward and response length (as Fig. 2)",
@@ -277,15 +276,6 @@ def load_records(path: Path) -> list[Record]:
                 raise ValueError(f"{path}: line {line.number}: {found}")
         records.append(line.value)
     return records
-
-
-def comparable(evaluations: Sequence[Record], problems: bool = True) -> list[Record]:
-    """Those of a run's evaluations that were made like the last one: with the same settings of
-    sampling and grading and, with `problems`, on the same problems. A resumed run may have changed
-    them. Early versions did not record them: then all are."""
-    names = (SETTINGS, PROBLEMS) if problems else (SETTINGS,)
-    last = evaluations[-1]
-    return [e for e in evaluations if all(e.get(n, last.get(n)) == last.get(n) for n in names)]
 
 
 def heldout_panels(evaluations: Sequence[Record]) -> list[Panel]:

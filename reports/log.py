@@ -55,8 +55,7 @@ from checkpoint import (
     without_effect,
 )
 from curation.files import progress_bar, write_atomically
-from reports.figures import PROBLEMS, SETTINGS, comparable
-from reports.metrics import heldout_metrics
+from reports.metrics import PROBLEMS, SETTINGS, comparable, heldout_metrics
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
 

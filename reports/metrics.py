@@ -8,11 +8,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 from torch import Tensor
 
 from rollout import Rollout
 
+# What an evaluation has beside metrics: how it was sampled and graded, a checksum of its problems
+SETTINGS, PROBLEMS = "settings", "problems_crc32"
 Equal = Callable[[list[str], list[str]], list[bool | None]]
 
 # The paper's five reflection patterns (§3.2). Case does not matter: "Wait," begins sentences.
@@ -194,3 +197,14 @@ def significant(value: float, digits: int = 4) -> float:
     (0.1235, 1235000.0)
     """
     return float(f"{value:.{digits}g}")
+
+
+def comparable(
+    evaluations: Sequence[dict[str, Any]], problems: bool = True
+) -> list[dict[str, Any]]:
+    """Those of a run's evaluations that were made like the last one: with the same settings of
+    sampling and grading and, with `problems`, on the same problems. A resumed run may have changed
+    them. Early versions did not record them: then all are."""
+    names = (SETTINGS, PROBLEMS) if problems else (SETTINGS,)
+    last = evaluations[-1]
+    return [e for e in evaluations if all(e.get(n, last.get(n)) == last.get(n) for n in names)]

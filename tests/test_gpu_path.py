@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_arguments_of_vllm_on_a_gpu(asleep: bool, monkeypatch: pytest.MonkeyPatc
         asked.update(arguments)
         return SimpleNamespace(sleep=lambda level: slept.append(level))
 
-    fake = SimpleNamespace(LLM=fake_llm, SamplingParams=None)
+    fake = SimpleNamespace(LLM=fake_llm, SamplingParams=None, __spec__=ModuleSpec("vllm", None))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rollout, "_prepare_vllm", lambda on_gpu: None)

@@ -80,6 +80,8 @@ def test_pages_quote_the_recorded_result(
     assert "PPO 3.0 [3.0, 3.0] at 8, 3.0 [3.0, 3.0] at 64; GRPO 3.0" in done.out
     last = done.out.splitlines()[-1]
     assert "PPO at 8 +0.100" in last and "GRPO" not in last
+    result.write_text(json.dumps({"rows": [{"length": 8, "program": "this, PPO", SPEED: 3.0}]}))
+    assert call(vs_trl.main, "--print").code == 1
     result.unlink()
     assert "run without --print first" in call(vs_trl.main, "--print").err
 
