@@ -138,8 +138,8 @@ class Config(BatchSettings):
     lam: Share = 1.0
     """λ of GAE (§3.1; Fig. 7)."""
     lam_critic: ShareOrNone = None
-    """λ of the value targets, where it is not that of the advantages (VC-PPO, arXiv 2503.01491,
-    §3.3: 1, and 0.95 for the policy); none: --lam."""
+    """λ of the value targets, where it is not that of the advantages (VC-PPO, arXiv 2503.01491: 1,
+    beside 0.95 for the policy); none: --lam."""
     lam_adaptive: PositiveOrNone = None
     """α of a λ that grows with the response, for the advantages only: 1 − 1/(α l) for l tokens, at
     least 0 (VAPO, arXiv 2504.05118: α = 0.05); none: --lam."""
@@ -150,8 +150,8 @@ class Config(BatchSettings):
     critic_steps: Count = 12
     """Critic optimizer steps per iteration, each on its own mini-batch (§3.1)."""
     critic_only_steps: CountOrNone = 0
-    """Iterations at the start in which the critic learns and the policy stands still (VC-PPO,
-    arXiv 2503.01491, §3.2; VAPO: 50). Part of --steps."""
+    """Iterations at the start, out of --steps, in which the critic learns and the policy stands
+    still (VC-PPO, arXiv 2503.01491; VAPO: 50)."""
     policy_lr: PositiveShare = 1e-6
     """Learning rate of the policy (§3.1)."""
     critic_lr: PositiveShare = 5e-6

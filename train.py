@@ -104,10 +104,7 @@ def train(cfg: Config, inputs: Inputs) -> Path:
                     advantages = compute_group_advantages(cfg, rollouts)
                 advantages = normalize_advantages(advantages)  # §3.1; with GRPO, too
                 with log.phase("policy"), on_device(policy, models.policy_optimizer):
-                    if step >= cfg.critic_only_steps:  # 0 in the recipe
-                        metrics |= update_policy(cfg, models, rollouts, advantages, step)
-                    else:
-                        metrics |= measure_policy(cfg, policy, rollouts)
+                    metrics |= update_policy(cfg, models, rollouts, advantages, step)
             if sampler:
                 with log.phase("sync"), on_device(policy):
                     sync_weights(sampler, policy)
@@ -311,7 +308,11 @@ def update_policy(
     mini-batch, as in the authors' code: every token weighs alike, and a long response weighs more
     than a short one. The denominator is global, as in `update_critic`. On-policy, π_old is the
     policy itself, so its log-probabilities are the current ones, detached: no extra forward pass.
+
+    In the first --critic-only-steps iterations, 0 in the recipe, the policy stands still.
     """
+    if step < cfg.critic_only_steps:
+        return measure_policy(cfg, models.policy, rollouts)
     lengths = [len(r.token_ids) for r in rollouts]
     logp_sampler = sampler_logprobs(rollouts)
     logp_old = None

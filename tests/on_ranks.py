@@ -87,10 +87,7 @@ def update_once(cfg: Config, models: train.Models, step: int) -> tuple[Tensor, d
         stats = train.update_critic(cfg, models, rollouts, values, targets, step)
     advantages = train.normalize_advantages(advantages)
     with distributed.on_device(cfg.offload, policy, models.policy_optimizer):
-        if step >= cfg.critic_only_steps:
-            stats |= train.update_policy(cfg, models, rollouts, advantages, step)
-        else:
-            stats |= train.measure_policy(cfg, policy, rollouts)
+        stats |= train.update_policy(cfg, models, rollouts, advantages, step)
     return values, stats
 
 
