@@ -194,6 +194,9 @@ def test_the_plan_counts_the_small_critic(small: Path, base_folder: Path) -> Non
     assert memory[mixed]["sample"]["sampler weights"] == memory[large]["sample"]["sampler weights"]
     for phase, of in (("values", tiny), ("critic", tiny), ("policy", large), ("sample", large)):
         assert plan.work(mixed)[phase][0] == plan.work(of)[phase][0]
+    moved = {cfg: plan._offloaded_bytes(cfg) for cfg in (large, mixed, tiny)}
+    of_critic = {phase: moved[tiny][phase] for phase in ("values", "critic")}
+    assert moved[mixed] == moved[large] | of_critic
     assert f"with the critic {small}" in plan.show(mixed)
 
 
