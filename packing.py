@@ -290,31 +290,29 @@ def _layout(segments: Sequence[Segment], device: torch.device | str) -> Layout:
     """The layout of a pack that is made of these segments, in this order."""
     queries = [s.length for s in segments]
     keys = [s.before + s.length for s in segments]
-    key_index = None
-    if any(s.before for s in segments):
-        places = []
-        for s in segments:
-            places.append(torch.arange(s.prompt, s.prompt + s.before))
-            places.append(torch.arange(s.start, s.start + s.length))
-        key_index = torch.cat(places).to(device)
-    fold = torch.empty(sum(queries), dtype=torch.long)
+    num_tokens = sum(queries)
+    key_index: list[int] = []
+    for s in segments:
+        key_index += range(s.prompt, s.prompt + s.before)
+        key_index += range(s.start, s.start + s.length)
+    fold = [0] * num_tokens
     groups = []
     filled = 0
     for members in like_lengths(segments):
-        group = _group(members, sum(queries))
         for s in members:
             end = filled + _num_queries(s)
-            fold[s.start : s.start + s.length] = torch.arange(end - s.length, end)
-            filled += group.queries.shape[1]
-        groups.append(group._replace(queries=group.queries.to(device), keys=group.keys.to(device)))
+            fold[s.start : s.start + s.length] = range(end - s.length, end)
+            filled += _num_queries(members[0])
+        groups.append(_group(members, num_tokens, device))
+    shares = any(s.before for s in segments)
     return Layout(
         cu_seqlens_q=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
         cu_seqlens_k=torch.tensor([0, *accumulate(keys)], dtype=torch.int32, device=device),
-        key_index=key_index,
+        key_index=torch.tensor(key_index, device=device) if shares else None,
         max_seqlen_q=max(queries),
         max_seqlen_k=max(keys),
         groups=tuple(groups),
-        fold=fold.to(device),
+        fold=torch.tensor(fold, device=device),
     )
 
 
@@ -352,14 +350,15 @@ def like_lengths(segments: Sequence[Segment]) -> list[list[Segment]]:
     return groups
 
 
-def _group(members: Sequence[Segment], num_tokens: int) -> Group:
+def _group(members: Sequence[Segment], num_tokens: int, device: torch.device | str) -> Group:
+    """The places of the members' queries and keys: first those of its prompt, then its own."""
     before, longest = _before(members[0]), _num_queries(members[0])
-    rows = []
-    for s in members:
-        prompt = torch.arange(s.prompt, s.prompt + s.before)
-        own = torch.arange(s.start, s.start + before + longest)
-        rows.append(torch.cat([prompt, own])[: before + longest])
-    keys = torch.stack(rows).clamp(max=num_tokens - 1)
+    columns = [torch.tensor(column)[:, None] for column in zip(*members, strict=True)]
+    start, _, prompt, prompt_tokens = columns
+    place = torch.arange(before + longest)
+    own = start + place - prompt_tokens
+    keys = torch.where(place < prompt_tokens, prompt + place, own)
+    keys = keys.clamp(max=num_tokens - 1).to(device)
     return Group(queries=keys[:, before:], keys=keys, before=before)
 
 
