@@ -65,7 +65,12 @@ def main() -> None:
         preflight.require_unquantized(config, path)
         tokenizer = preflight.load_tokenizer(path, config.vocab_size)
         if settings.critic:  # V(s_t) is read as in training
-            preflight.check_critic("--critic", settings.critic, config, tokenizer, longest)
+            of_critic = preflight.check_critic(
+                "--critic", settings.critic, config, tokenizer, longest
+            )
+            positions = min(
+                positions, getattr(of_critic, "max_position_embeddings", 0) or positions
+            )
         eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
         model = load_for_sampling(path, torch_dtype(settings.dtype)).to(distributed.device())
