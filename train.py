@@ -238,12 +238,15 @@ def compute_advantages(
         whole = replace(cfg, top_p=1.0)  # a KL needs the reference's probability of every token
         logp_ref = compute_logprobs(whole, models.reference, rollouts)
         rewards = ppo.kl_shaped_rewards(rewards, logp, logp_ref, cfg.kl_reward, cfg.kl_estimator)
-    advantages, targets = gae(rewards, values, lengths, cfg.gamma, cfg.lam)
-    if cfg.lam_critic is not None:
-        _, targets = gae(rewards, values, lengths, cfg.gamma, cfg.lam_critic)
+    if cfg.lam_adaptive is None and cfg.lam_critic is None:  # one λ for both, as in the recipe
+        return gae(rewards, values, lengths, cfg.gamma, cfg.lam)
+    lam = lam_critic = cfg.lam
     if cfg.lam_adaptive is not None:
         lam = length_adaptive_lam(cfg.lam_adaptive, lengths)
-        advantages, _ = gae(rewards, values, lengths, cfg.gamma, lam)
+    if cfg.lam_critic is not None:
+        lam_critic = cfg.lam_critic
+    advantages, _ = gae(rewards, values, lengths, cfg.gamma, lam)
+    _, targets = gae(rewards, values, lengths, cfg.gamma, lam_critic)
     return advantages, targets
 
 

@@ -91,7 +91,7 @@ def test_the_policy_stands_still_to_the_last_bit(whole: Path, base_folder: Path)
     assert alone[f"{head}/step"] == 3 * ALONE
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_resumes_in_and_after_the_critic_only_steps(
     flags: list[str], whole: Path, step: int
 ) -> None:
@@ -108,8 +108,8 @@ def test_critic_only_steps_are_replayed(flags: list[str], whole: Path) -> None:
 
 
 def test_critic_only_steps_can_change_until_they_are_over(flags: list[str], whole: Path) -> None:
-    """Later the policy's learning rate would be counted anew. A checkpoint of an earlier version
-    has none."""
+    """Later the policy's learning rate would be counted anew. A checkpoint of an early version, in
+    whose settings the number is not, had none."""
     first, third = (str(whole / "checkpoints" / f"step-{step}") for step in (1, 3))
     for more in (("--critic-only-steps", "1"), ("--critic-only-steps", "4")):
         preflight._validate_changes(parse([*flags, *more]), read_checkpoint(Path(first)))
@@ -117,6 +117,10 @@ def test_critic_only_steps_can_change_until_they_are_over(flags: list[str], whol
         assert message.endswith(f"is over at {third}; pass {ALONE} as before")
     message = refusal(flags, "--resume", first, "--critic-only-steps", "0")
     assert message.startswith("--critic-only-steps 0: counts from step 0 and is over at")
+    early = read_checkpoint(Path(third))
+    del early.about["settings"]["critic_only_steps"]
+    with pytest.raises(ValueError, match=r"--critic-only-steps 2: .*; pass 0 as before"):
+        preflight._validate_changes(parse(flags), early)
 
 
 # ── started from another model ────────────────────────────────────────────────────────────────────
