@@ -172,10 +172,14 @@ def test_a_prompt_that_is_all_the_work_is_cut() -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 4])
 def test_groups_of_like_lengths_attend_as_one_group(
-    monkeypatch: pytest.MonkeyPatch, problems: list[Problem], softcap: float | None, window: int
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None
 ) -> None:
-    """Compiled layers unfold all segments at once: the same numbers."""
-    (micro,) = micro_batches(shared(problems, 9), range(len(LENGTHS)), 10_000)
+    """Compiled layers unfold all segments at once: the same numbers, behind a long prompt, a short
+    one, and none that is shared."""
+    prompts = [tuple(range(length)) for length in (70, 5, 9)]
+    problems = [Problem("", "", "", prompts[k]) for k in (0, 0, 0, 0, 1, 1, 1, 2)]
+    rollouts = random_rollouts(problems, 9, [*LENGTHS[:3], 40, *LENGTHS[4:]])
+    (micro,) = micro_batches(rollouts, range(8), 10_000)
     T = micro.input_ids.shape[1]
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, T, 8), torch.randn(1, 2, T, 8), torch.randn(1, 2, T, 8)
@@ -185,6 +189,7 @@ def test_groups_of_like_lengths_attend_as_one_group(
         return packed_attention(torch.nn.Identity(), query, key, value, None, **how)[0]
 
     in_groups = attend()
+    assert {group.before for group in micro.layout.groups} == {0, 70}
     assert len(micro.layout.groups) > 3
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(attend(), in_groups)

@@ -92,7 +92,7 @@ CASES = [  # each has its peak at another stage of the update
 SHARED = [  # prompts that are longer than the responses, and shorter
     Case(role, False, 6, 500, True, prompt=prompt, response=response, shared=True)
     for role in ("policy", "critic")
-    for prompt, response in ((240, 80), (120, 180))
+    for prompt, response in ((240, 80), (60, 180))
 ]
 
 

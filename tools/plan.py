@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import packing
 import policy
 import preflight
 from config import QWEN, Config
@@ -342,7 +343,7 @@ def _activations(cfg: Config, role: str) -> tuple[float, float, float]:
 def _attention_numbers(cfg: Config, role: str, mini_batches: int) -> float:
     """Numbers that autograd keeps of a layer's attention for a token of a pack: 3Q + 2K. Every
     response has its prompt's keys and values once more; on a CPU also its queries and outputs,
-    where the prompt is no longer than the response."""
+    where `packing.queries_alone` says no."""
     sizes = shape_of(cfg, role)
     Q = sizes.heads * sizes.head_size
     K = sizes.kv_heads * sizes.head_size
@@ -351,7 +352,7 @@ def _attention_numbers(cfg: Config, role: str, mini_batches: int) -> float:
     repeated = 1.0
     if meeting > 1:
         repeated += meeting * prompt / (prompt + meeting * response)
-    queries = 1.0 if cfg.gpus or prompt > response else repeated
+    queries = 1.0 if cfg.gpus or packing.queries_alone(prompt, response) else repeated
     return Q * (2 * queries + 1) + 2 * K * repeated
 
 
