@@ -21,7 +21,7 @@ share prompts: below 1 is saved.
 | pack fill | tokens per pack with actions, over the 16,384 of a micro-batch |
 | linear | tokens that linear layers compute / needed |
 | pairs, kernel | pairs of query and key that torch's kernel for packs (GPUs) computes / needed |
-| pairs, unfolded | the same for groups of like lengths (CPUs), with those that the mask hides |
+| pairs, unfolded | the same for groups of like lengths (CPUs), with hidden pairs: `causal_pairs` |
 | FLOPs | with the kernel: computed / needed |
 | imbalance | tokens, and FLOPs, of the slowest rank / of the mean rank; mini-batches add up |
 | in step | Σ over packs of the slowest rank's FLOPs, with the kernel / needed FLOPs per rank |
@@ -39,6 +39,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -59,6 +60,7 @@ SHAPE = plan.shape("Qwen2.5-7B")
 LINEAR = 2 * SHAPE.layers * SHAPE.layer  # FLOPs of a token
 ATTENTION = 4 * SHAPE.layers * SHAPE.heads * SHAPE.head_size  # FLOPs of a pair
 LONGEST = 8000
+KEYS = 512
 SIGMA = 0.8  # of the lognormal distribution
 
 
@@ -107,9 +109,20 @@ def pack_work(rollouts: list[Rollout], pack: list[int], starts: list[int]) -> tu
     unfolded = 0.0
     for group in micro.layout.groups:
         segments, longest = group.queries.shape
-        pairs = segments * longest * group.keys.shape[1]
-        unfolded += pairs if group.before else pairs / 2  # torch leaves out what causality hides
+        keys = group.keys.shape[1]
+        unfolded += segments * (longest * keys if group.before else causal_pairs(keys))
     return micro.input_ids.numel(), float(by_kernel.sum()), unfolded
+
+
+@cache
+def causal_pairs(length: int) -> int:
+    """Pairs that torch's kernel for CPUs computes for a sequence: a query takes its keys in blocks
+    of KEYS.
+
+    >>> causal_pairs(512), causal_pairs(1024)
+    (262144, 786432)
+    """
+    return sum(min(length, (i // KEYS + 1) * KEYS) for i in range(length))
 
 
 def flops(work: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Time updates in which the responses of a prompt share it, beside the same with prompts that differ.
+"""Time updates in which responses share their prompt, beside the same with a prompt for each.
 
     python -m benchmarks.sharing [--rounds 3]
 
-Two prompts have 64 (0.1 million parameters) or 16 (10 million) responses each, of 125 to 375 tokens;
-prompts have 250. In the other case one token of each response's prompt is another one, so that
-every response needs a prompt of its own. The two take turns, on one thread, and the figures are
-seconds of the processor, medians of the rounds. The critic takes about five responses of a prompt
-in a mini-batch, as with 64 responses and twelve mini-batches.
+Two prompts have 64 (0.1 million parameters) or 16 (10 million) responses each, of 125 to 375
+tokens; prompts have 250. In the other case a token or two of each response's prompt is another one,
+so that every response needs a prompt of its own. The two take turns, on one thread, and the figures
+are seconds of the processor, medians of the rounds. The critic takes about five responses of a
+prompt in a mini-batch, as with 64 responses and twelve mini-batches.
 """
 
 import random
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -140,9 +139,9 @@ def measure_size(name: str, rounds: int) -> list[Row]:
         measured.append(pair)
     rows = []
     for stage in (*STAGES, "update"):
-        names = STAGES if stage == "update" else (stage,)
+        summed = STAGES if stage == "update" else (stage,)
         alone, together = (
-            [sum(pair[k][name] for name in names) for pair in measured] for k in (0, 1)
+            [sum(pair[k][part] for part in summed) for pair in measured] for k in (0, 1)
         )
         ratios = [b / a for a, b in zip(alone, together, strict=True)]
         cells = {"own prompts s": median(alone), "shared s": median(together)}
