@@ -21,7 +21,8 @@ RESULTS = HERE / "results"
 HEADING = """\
 # What was measured
 
-These are the tables that the commands printed. `python -m benchmarks.record` writes this page.
+These are the tables that the commands printed. `ORZ_DATA=folder python -m benchmarks` runs all of
+them and writes this page; `python -m benchmarks.record` writes it again from what is there.
 """
 Row = dict[str, str | float | int | None]  # column → cell
 

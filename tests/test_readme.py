@@ -19,6 +19,7 @@ from test_paper import defined
 
 import train
 from benchmarks import logprob
+from benchmarks.__main__ import COMMANDS
 from config import Config, parse
 from curation.curate import Recipe
 from evaluate import Evaluation
@@ -441,6 +442,11 @@ def test_results_are_what_the_benchmarks_left() -> None:
     assert made == (ROOT / "benchmarks" / "RESULTS.md").read_text()
     for program, _ in commands(made):
         assert program in MODULES, program
+
+
+def test_one_command_runs_every_benchmark_of_the_page() -> None:
+    left = {file.stem for file in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert left == set(COMMANDS)
 
 
 def test_recorded_columns_are_those_that_the_program_writes() -> None:
