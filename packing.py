@@ -329,6 +329,7 @@ def _before(s: Segment) -> int:
 
 
 def _num_queries(s: Segment) -> int:
+    """Queries of a segment when it is unfolded."""
     return s.before + s.length - _before(s)
 
 

@@ -16,7 +16,6 @@ second normalization, and √(8/7) between the standard deviations of a group of
 | difference | norm of their difference / norm of TRL's, the largest of the steps |
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from statistics import fmean
 from typing import Annotated
 
 import torch
-import tyro
 
 import train
+from benchmarks import flags
 from benchmarks.record import Row, record
 from benchmarks.vs_trl import Length, prepare, start
 from benchmarks.vs_trl_worker import (
@@ -39,7 +38,7 @@ from benchmarks.vs_trl_worker import (
     our_settings,
     reward,
 )
-from config import Config, Range, Seed, validate_ranges
+from config import Config, Range, Seed
 from data import Problem
 from gae import normalize_advantages
 from rollout import Rollout
@@ -137,11 +136,7 @@ def row(name: str, ended: int, ours: Sequence[Gradients], theirs: Sequence[Gradi
 
 
 def main() -> None:
-    cfg = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.vs_trl_gradients")
-    try:
-        validate_ranges(cfg)
-    except ValueError as error:
-        sys.exit(f"benchmarks.vs_trl_gradients: {error}")
+    cfg = flags.parse(Settings, "vs_trl_gradients", __doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), cfg.seed)
