@@ -108,8 +108,8 @@ class Config(BatchSettings):
 
     model: str = "tiny"
     """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, whose base model
-    is in toy/base for seed 0 and made in two minutes for others; or `tiny-long`, the test bed of
-    the experiments."""
+    is in toy/base for seed 0 and made in two minutes for others; or a test bed of the experiments,
+    see toy/tiny.py."""
     data: str = ""
     """Training problems: a file in the authors' form, JSON lines with question and answer, a hub
     id, or any other layout that curation/formats.py knows. `tiny` brings its own."""
@@ -278,8 +278,9 @@ TINY: dict[str, Any] = {
     "micro_tokens": 8192,
     "threads": 1,
 }
+LONG_MODELS = ("tiny-long", "tiny-loops", "tiny-long-half")
 TINY_LONG = TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}
-PRESETS = QWEN | {"tiny": TINY, "tiny-long": TINY_LONG}
+PRESETS = QWEN | {"tiny": TINY} | dict.fromkeys(LONG_MODELS, TINY_LONG)
 
 
 def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -> Config:

@@ -4,9 +4,10 @@
     python -m experiments.run all                 everything
 
 Every arm first tries three learning rates, in runs of half the length on a seed used for nothing
-else. Then it runs with the best rate and each of the seeds. A run leaves its folder under
-runs/experiments and an entry in experiments/results/ARM.json: metrics of held-out responses before
-and after the training, and curves.
+else. Then it runs with the best rate, on blocks of five seeds, until the rule of claims.py has
+decided its claims or 20 seeds are done. A run leaves its folder under runs/experiments and an entry
+in experiments/results/ARM.json: metrics before and after the training, curves, and the revision of
+the program.
 
 A run that has an entry is not run again, and an interrupted run starts again from its beginning. So
 the same command continues where it was stopped.
@@ -22,8 +23,6 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -31,17 +30,25 @@ import transformers
 import tyro
 
 import train
-from config import Config, Processes, parse, validate_ranges
+from config import PRESETS, Config, Processes, parse, validate_ranges
 from curation.files import write_atomically
-from experiments.claims import ARMS, CLAIMS, MODEL, RATES, SEEDS, SWEEP_SEED
-from experiments.measure import measure, value_of_repetition
-from experiments.variants import RUNS, SETTINGS, TRAINING
+from experiments import rule
+from experiments.claims import (
+    ARMS,
+    CLAIMS,
+    LOOKS,
+    MODEL,
+    PRESET,
+    RATES,
+    SAME_RATE,
+    SEEDS,
+    SWEEP_SEED,
+)
+from experiments.measure import measure
+from experiments.variants import HALF_CRITIC, RUNS, SETTINGS, TRAINING
 from preflight import prepare
 from reports.log import revision, versions
 from toy import tiny
-
-RESULTS = Path(__file__).parent / "results"
-FIRST = {"anneal": "default", "anneal-hard": "default"}  # arms that begin where another ended
 
 
 class Job(NamedTuple):
@@ -70,10 +77,9 @@ def run(job: Job) -> dict[str, Any]:
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         cfg = settings(job)
         train_arm = TRAINING.get(job.arm, train.train)
-        folder = train_arm(cfg, prepare(cfg))
-        entry = measure(folder, cfg)
-        if job.arm == "default":
-            entry["after"] |= value_of_repetition(folder, cfg)
+        inputs = prepare(cfg)
+        folder = train_arm(cfg, inputs)
+        entry = measure(job.arm, folder, cfg, inputs)
     seconds = round(time.perf_counter() - started)
     return {"seed": job.seed, "rate": job.rate, "seconds": seconds, **entry}
 
@@ -95,7 +101,7 @@ def settings(job: Job) -> Config:
 
 def load_results(arm: str) -> dict[str, Any]:
     """What results/ARM.json holds; without runs if there is no such file."""
-    file = RESULTS / f"{arm}.json"
+    file = rule.RESULTS / f"{arm}.json"
     if file.exists():
         return json.loads(file.read_text())
     return {"arm": arm, "flags": ARMS[arm], "sweep": {}, "runs": {}}
@@ -104,13 +110,13 @@ def load_results(arm: str) -> dict[str, Any]:
 def keep(arm: str, entry: dict[str, Any]) -> None:
     """Add the entry of a run to results/ARM.json."""
     results = load_results(arm)
-    results |= {"revision": revision(), "versions": versions()}
+    results["versions"] = versions()
     if entry["seed"] == SWEEP_SEED:
         results["sweep"][entry["rate"]] = entry["after"]["accuracy"]
     else:
-        results["runs"][f"{entry['seed']}"] = entry
-    RESULTS.mkdir(exist_ok=True)
-    write_atomically(RESULTS / f"{arm}.json", [as_text(results)])
+        results["runs"][f"{entry['seed']}"] = entry | {"revision": revision()}
+    rule.RESULTS.mkdir(exist_ok=True)
+    write_atomically(rule.RESULTS / f"{arm}.json", [as_text(results)])
 
 
 def as_text(results: dict[str, Any]) -> str:
@@ -128,79 +134,110 @@ def as_text(results: dict[str, Any]) -> str:
 # ── all runs ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def arms_of(claims: Sequence[str]) -> list[str]:
-    """The arms of these claims: first those that others begin from, then those of the primary
-    comparisons, then the rest."""
-    arms = []
-    for primary in (True, False):
-        for name in claims:
-            arms += CLAIMS[name].arms(primary)
-    return list(dict.fromkeys([FIRST[arm] for arm in arms if arm in FIRST] + arms))
+def rate_of(arm: str) -> str | None:
+    """The policy's learning rate of an arm: the best of its sweep, that of another arm, or that of
+    its model's preset. None: the sweep has not ended."""
+    if arm in PRESET:
+        return f"{PRESETS[_model(arm)]['policy_lr']}"
+    sweep = load_results(SAME_RATE.get(arm, arm))["sweep"]
+    if len(sweep) < len(RATES):
+        return None
+    return max(RATES, key=lambda rate: sweep[rate])
 
 
-def open_jobs(arms: Sequence[str]) -> list[Job]:
-    """The runs that are missing and can be started: of each arm first those that try the rates,
-    then the seeds with the best rate."""
+def _model(arm: str) -> str:
+    """The model that an arm trains."""
+    words = ARMS[arm].split()
+    return words[words.index("--model") + 1] if "--model" in words else MODEL
+
+
+def missing_rates(arms: Sequence[str]) -> list[Job]:
+    """The runs that try learning rates and have no result yet."""
     jobs = []
-    for arm in arms:
-        origin = FIRST.get(arm, arm)  # an arm that begins where another ended keeps its rate
-        sweep = load_results(origin)["sweep"]
-        if len(sweep) < len(RATES):
-            if arm not in FIRST:
-                jobs += [Job(arm, SWEEP_SEED, rate) for rate in RATES if rate not in sweep]
-            continue
-        best = max(RATES, key=lambda rate: sweep[rate])
-        seeds = load_results(origin)["runs"] if arm in FIRST else map(str, SEEDS)
-        finished = load_results(arm)["runs"]
-        jobs += [Job(arm, int(seed), best) for seed in seeds if seed not in finished]
+    for arm in dict.fromkeys(SAME_RATE.get(arm, arm) for arm in arms if arm not in PRESET):
+        sweep = load_results(arm)["sweep"]
+        jobs += [Job(arm, SWEEP_SEED, rate) for rate in RATES if rate not in sweep]
     return jobs
 
 
-def count_missing(arms: Sequence[str]) -> int:
-    """How many runs of these arms have no result yet, those that cannot start yet included."""
-    missing = 0
-    for arm in arms:
-        results = load_results(arm)
-        rates = 0 if arm in FIRST else len(RATES)
-        missing += len(SEEDS) + rates - len(results["runs"]) - len(results["sweep"])
-    return missing
+def missing_seeds(claims: Sequence[str], look: int) -> list[Job]:
+    """The runs that these claims ask for and that have no result yet, up to `look` seeds. The rates
+    must be known."""
+    results = rule.load()
+    wanted: dict[str, int] = {}
+    for name in claims:
+        for arm, seeds in rule.seeds_wanted(CLAIMS[name], results).items():
+            wanted[arm] = max(wanted.get(arm, 0), min(seeds, look))
+    jobs = []
+    for arm, seeds in wanted.items():
+        runs = load_results(arm)["runs"]
+        rate = rate_of(arm)
+        jobs += [Job(arm, seed, rate) for seed in SEEDS[:seeds] if f"{seed}" not in runs]
+    return jobs
 
 
-def run_all(arms: Sequence[str], workers: int) -> None:
-    """Do all missing runs of these arms, one arm after the other, and keep each result."""
-    running: dict[Future, Job] = {}
+def run_all(claims: Sequence[str], workers: int) -> None:
+    """Do all runs that the claims ask for, one block of seeds after the other, and keep each
+    result."""
+    arms = list(dict.fromkeys(arm for name in claims for arm in CLAIMS[name].arms()))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(tiny.ensure, name=MODEL), (SWEEP_SEED, *SEEDS)))
-        started = time.perf_counter()
-        done = 0
-        while True:
-            waiting = [job for job in open_jobs(arms) if job not in running.values()]
-            for job in waiting[: workers - len(running)]:
-                running[pool.submit(run, job)] = job
-            if not running:
-                return
-            finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
-            job = running.pop(finished)
-            try:
-                entry = finished.result()
-            except Exception as error:
-                log = RUNS / f"{job.folder_name()}.log"
-                raise RuntimeError(
-                    f"{job.folder_name()}: {error!r}; its output is in {log}"
-                ) from error
-            keep(job.arm, entry)
-            done += 1
-            left = count_missing(arms)
-            minutes = (time.perf_counter() - started) / done * left / 60
-            print(f"{one_line(job, entry)}; {left} runs left, about {minutes:.0f} min", flush=True)
+        run_jobs(pool, missing_rates(arms), workers)
+        for look in LOOKS:
+            run_jobs(pool, missing_seeds(claims, look), workers)
+            verdicts = [rule.claim_verdict(CLAIMS[name], rule.load()) for name in claims]
+            open_claims = verdicts.count(rule.UNDECIDED)
+            print(f"after the look at {look} seeds {open_claims} claims are undecided", flush=True)
+
+
+def run_jobs(pool: ProcessPoolExecutor, jobs: Sequence[Job], workers: int) -> None:
+    """Make the base models that these runs need, then do the runs, and keep each result. Those that
+    other runs begin from come first."""
+    bases = dict.fromkeys(base for job in jobs for base in bases_of(job))
+    made = [pool.submit(tiny.ensure, seed, name=name) for name, seed in bases]
+    for done, base in enumerate(made, 1):
+        print(f"base model {done} of {len(made)}: {base.result()}", flush=True)
+    waiting = sorted(jobs, key=lambda job: job.arm != "default")
+    running: dict[Future, Job] = {}
+    started = time.perf_counter()
+    done = 0
+    while waiting or running:
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            running[pool.submit(run, job)] = job
+        finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+        job = running.pop(finished)
+        entry = result_of(job, finished)
+        keep(job.arm, entry)
+        done += 1
+        minutes = (time.perf_counter() - started) / done * (len(jobs) - done) / 60
+        left = f"{len(jobs) - done} runs of this block left, about {minutes:.0f} min"
+        print(f"{one_line(job, entry)}; {left}", flush=True)
+
+
+def bases_of(job: Job) -> list[tuple[str, int]]:
+    """Name and seed of the base models that a run needs."""
+    names = [_model(job.arm)]
+    if job.arm == "half-critic":
+        names.append(HALF_CRITIC)
+    return [(name, job.seed) for name in names]
+
+
+def result_of(job: Job, finished: Future) -> dict[str, Any]:
+    """The entry of a finished run. Raises RuntimeError if it failed."""
+    try:
+        return finished.result()
+    except Exception as error:
+        log = RUNS / f"{job.folder_name()}.log"
+        message = f"{job.folder_name()}: {error!r}; its output is in {log}"
+        raise RuntimeError(message) from error
 
 
 def one_line(job: Job, entry: dict[str, Any]) -> str:
     """What a run was and how it ended."""
     seed = "sweep " if job.seed == SWEEP_SEED else f"seed {job.seed}"
     after = entry["after"]
-    result = f"accuracy {after['accuracy']:.3f}, length {after['length']:3.0f}"
-    return f"{job.arm:18s} {seed}, rate {job.rate:6s}: {result}, {entry['seconds']} s"
+    accuracies = f"accuracy {after['accuracy']:.3f}, late {after['late_accuracy']:.3f}"
+    return f"{job.arm:18s} {seed}, rate {job.rate:6s}: {accuracies}, {entry['seconds']} s"
 
 
 @dataclass(frozen=True)
@@ -228,7 +265,7 @@ def main() -> None:
         found = ", ".join(unknown) or "nothing"
         sys.exit(f"experiments.run: expected all, or of {', '.join(CLAIMS)}; found {found}")
     claims = list(CLAIMS) if "all" in options.claims else options.claims
-    run_all(arms_of(claims), options.workers)
+    run_all(claims, options.workers)
 
 
 if __name__ == "__main__":

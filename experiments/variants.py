@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 import ppo
 import train
 from config import Config
-from experiments.claims import MODEL
+from curation.files import write_atomically
 from gae import normalize_advantages
 from packing import MicroBatch, micro_batches, mini_batches
 from preflight import Inputs, prepare
@@ -32,37 +32,38 @@ from train import Models, PolicyTotals, Sampler
 
 RUNS = Path("runs/experiments")
 ROOT = Path(__file__).parent.parent
+HALF_CRITIC = "tiny-long-half"  # the base model of the smaller critic
 
 
 # ── settings that are prepared for each seed ─────────────────────────────────────────────────────
 
 
 def few_problems(count: int, cfg: Config) -> Config:
-    """Train on the first `count` problems."""
-    problems = json.loads((tiny.ensure(cfg.seed, name=MODEL) / "train.json").read_text())
-    file = RUNS / f"problems-{count}-{cfg.seed}.json"
-    file.write_text(json.dumps(problems[:count]))
-    return replace(cfg, data=str(file))
+    """Train on the first `count` problems; evaluate on the first 256 held-out ones."""
+    base = tiny.ensure(cfg.seed, name=cfg.model)
+    training = first_problems(base / "train.json", count, f"problems-{count}-{cfg.seed}")
+    heldout = first_problems(base / "heldout.json", 256, f"heldout-256-{cfg.seed}")
+    return replace(cfg, data=str(training), eval_data=(str(heldout),))
 
 
-def trained_critic(cfg: Config) -> Config:
-    """Begin with a critic that was trained for five steps while the policy stood still."""
-    critic_only = replace(
-        cfg,
-        name=f"{cfg.name}-alone",
-        steps=5,
-        critic_only_steps=5,
-        eval_data=(few_problems(16, cfg).data,),
-    )
-    folder = train.train(critic_only, prepare(critic_only))
-    return replace(cfg, init_critic=str(folder / "critic"))
+def first_problems(file: Path, count: int, name: str) -> Path:
+    """A file of the first `count` problems of `file`."""
+    problems = json.loads(file.read_text())
+    few = RUNS / f"{name}.json"
+    write_atomically(few, [json.dumps(problems[:count])])
+    return few
+
+
+def half_critic(cfg: Config) -> Config:
+    """Begin with a critic half as wide, whose base model was trained on the same corpus."""
+    return replace(cfg, critic_model=str(tiny.ensure(cfg.seed, name=HALF_CRITIC)))
 
 
 def annealing(hard: bool, cfg: Config) -> Config:
     """Continue for ten steps at a falling rate where the default arm ended: on problems that it
     finds hard, or on problems it has not trained on."""
-    base = tiny.ensure(cfg.seed, name=MODEL)
-    default = RUNS / f"default-{cfg.seed}"
+    base = tiny.ensure(cfg.seed, name=cfg.model)
+    default = trained_default(cfg)
     problems = json.loads((base / "train.json").read_text())
     pool = RUNS / f"{cfg.name}-pool.json"
     pool.write_text(json.dumps(problems[-2_000:]))  # the default arm stopped long before these
@@ -80,6 +81,15 @@ def annealing(hard: bool, cfg: Config) -> Config:
         anneal_steps=10,
         anneal_to=cfg.policy_lr * 0.3,
     )
+
+
+def trained_default(cfg: Config) -> Path:
+    """The run folder of the default arm; it is run here where its models are missing."""
+    folder = RUNS / f"default-{cfg.seed}"
+    if not (folder / "policy").is_dir() or not (folder / "critic").is_dir():
+        again = replace(cfg, name=f"{folder.name}-for-{cfg.name}")
+        folder = train.train(again, prepare(again))
+    return folder
 
 
 def mine_hard_problems(default: Path, pool: Path, cfg: Config) -> Path:
@@ -110,8 +120,7 @@ def run_program(arguments: str) -> None:
 SETTINGS: dict[str, Callable[[Config], Config]] = {
     "problems-16": partial(few_problems, 16),
     "problems-64": partial(few_problems, 64),
-    "problems-512": partial(few_problems, 512),
-    "critic-first": trained_critic,
+    "half-critic": half_critic,
     "anneal": partial(annealing, False),
     "anneal-hard": partial(annealing, True),
 }

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import packing
 import policy
 import preflight
-from config import QWEN, Config
+from config import LONG_MODELS, QWEN, Config
 
 Items = dict[str, float]  # what takes memory → bytes on one GPU
 PHASES = ("sample", "values", "critic", "policy", "sync")
@@ -59,12 +59,14 @@ FIELDS = (
 SHAPES: dict[str, tuple[int, ...]] = {
     "tiny": (64, 2, 2, 1, 128, 468, True),
     "tiny-long": (64, 2, 2, 1, 128, 469, True),
+    "tiny-loops": (64, 2, 2, 1, 128, 469, True),
+    "tiny-long-half": (32, 2, 1, 1, 64, 469, True),
     "Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "Qwen2.5-1.5B": (1536, 28, 12, 2, 8960, 151936, True),
     "Qwen2.5-7B": (3584, 28, 28, 4, 18944, 152064, False),
     "Qwen2.5-32B": (5120, 64, 40, 8, 27648, 152064, False),
 }
-POSITIONS = {"tiny": 512, "tiny-long": 512, "Qwen2.5-0.5B": 32768}
+POSITIONS = dict.fromkeys(("tiny", *LONG_MODELS), 512) | {"Qwen2.5-0.5B": 32768}
 POSITIONS_OF_OTHERS = 131072
 
 

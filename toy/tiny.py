@@ -13,7 +13,9 @@ step, but it rarely does.
 
 `tiny-long` is the task of the experiments: 9 to 11 numbers up to 12. Instead of chains with
 rechecks it has a careful style of 8 to 10 numbered steps, about 120 tokens. A response that stops
-halfway and guesses the rest is seldom right.
+halfway and guesses the rest is seldom right. Two more serve single experiments: in `tiny-loops` a
+quarter of the responses repeat a step until they are cut off, and `tiny-long-half` is a model half
+as wide, for a smaller critic.
 
 These habits are planted in the corpus. A run on this model does not show that RL creates them:
 
@@ -25,7 +27,8 @@ These habits are planted in the corpus. A run on this model does not show that R
   sometimes after a right step. It slips as often as any other step. The run decides whether
   rechecking pays, and so whether RL keeps it. That says nothing about reflection in real models.
   (RL soon unlearns it: once the slips are gone there is nothing to repair.)
-- In `tiny-long` a few responses of the corpus repeat one step until they are cut off.
+- In `tiny-long` a few responses of the corpus repeat one step until they are cut off, in
+  `tiny-loops` a quarter.
 - The skill is trained first and the habits last. The first four fifths of the training are mostly
   step-by-step responses. The last fifth is mostly guesses and bad format, which hide the skill
   without erasing it.
@@ -91,6 +94,8 @@ class Task(NamedTuple):
     """The first phase: step-by-step responses."""
     habit: Phase
     """The last phase: guesses and bad format."""
+    hidden_size: int = 64
+    """Width of the model."""
 
 
 TINY = Task(
@@ -113,7 +118,13 @@ LONG = Task(
         {"direct": 0.50, "half": 0.08, "careful": 0.12, "loop": 0.03, "bad": 0.27}, slip=0.03
     ),
 )
-TASKS = {"tiny": TINY, "tiny-long": LONG}
+LOOPS = LONG._replace(
+    habit=Phase(
+        {"direct": 0.40, "half": 0.05, "careful": 0.12, "loop": 0.25, "bad": 0.18}, slip=0.03
+    )
+)
+HALF = LONG._replace(hidden_size=32)
+TASKS = {"tiny": TINY, "tiny-long": LONG, "tiny-loops": LOOPS, "tiny-long-half": HALF}
 BASE = Path(__file__).parent / "base"  # the base model of `tiny` and seed 0
 BASE_FILES = (
     "config.json",
@@ -308,7 +319,7 @@ def train(
     # With more threads, the order of summation and so the weights depend on the number of cores.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = _new_model(tokenizer)
+    model = _new_model(tokenizer, task.hidden_size)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -332,13 +343,13 @@ def train(
     return model.eval()
 
 
-def _new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+def _new_model(tokenizer: Qwen2Tokenizer, hidden_size: int) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
-        num_attention_heads=2,  # heads of 32: the smallest that vLLM supports on a CPU
+        num_attention_heads=hidden_size // 32,  # of 32: the smallest that vLLM supports on a CPU
         num_key_value_heads=1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -518,7 +529,7 @@ def ensure(seed: int = 0, cache: Path = Path(".cache"), name: str = "tiny") -> P
 class Settings:
     """What to make."""
 
-    name: Literal["tiny", "tiny-long"] = "tiny"
+    name: Literal["tiny", "tiny-long", "tiny-loops", "tiny-long-half"] = "tiny"
     """The task."""
     seed: Seed = 0
     """Decides the problems, the corpus and the initial weights."""
