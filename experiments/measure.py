@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from config import Config
-from experiments import values
+from experiments import critics
 from experiments.format_reward import BONUS
 from preflight import Inputs
 from reports.metrics import significant
@@ -38,10 +38,10 @@ def measure(arm: str, folder: Path, cfg: Config, inputs: Inputs) -> dict[str, An
         after["hard_problems"] = len(hard)
     entry = {"curves": curves(steps)}
     if cfg.eval_samples == 1:  # one response to each held-out problem
-        run = values.load_finished(folder, cfg, inputs)
+        run = critics.load_finished(folder, cfg, inputs)
         after |= measure_values(arm, run, entry)
         if arm in AT_ONE:
-            after["accuracy_at_1"] = values.accuracy_at_1(run)
+            after["accuracy_at_1"] = critics.accuracy_at_1(run)
     if arm == "default":
         after["accuracy_at_1"] = after["accuracy"]
     return entry | {
@@ -101,17 +101,17 @@ def accuracy_of_step(step: Record, cfg: Config) -> float:
     return step["reward"] - (BONUS * step["format"] if cfg.reward else 0.0)
 
 
-def measure_values(arm: str, run: values.Finished, entry: dict[str, Any]) -> dict[str, float]:
+def measure_values(arm: str, run: critics.Finished, entry: dict[str, Any]) -> dict[str, float]:
     """Metrics of the run's critic, none with GRPO; what a figure shows is added to `entry`."""
     if "critic" not in run.cfg.trained_roles:
         return {}
-    critic = values.critic_of(run)
-    found = values.values_on_heldout(run, critic)
+    critic = critics.critic_of(run)
+    found = critics.values_on_heldout(run, critic)
     if arm in CALIBRATED:
-        entry["calibration"] = values.calibration(run, critic)
-        found |= values.brier_scores(entry["calibration"])
+        entry["calibration"] = critics.calibration(run, critic)
+        found |= critics.brier_scores(entry["calibration"])
     if arm in LOOPING:
-        entry["repetition"] = values.value_of_repetition(run, critic)
+        entry["repetition"] = critics.value_of_repetition(run, critic)
         for name in ("value_lost_by_4_repeats", "value_lost_against_going_on"):
             found[name] = entry["repetition"].pop(name)
     return found

@@ -6,90 +6,169 @@ Reads experiments/results and rewrites everything that is made from it: experime
 figures, the table of claims in README.md, and the verdict of each claim in docs/paper.md.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
 
-from experiments.claims import ARMS, CLAIMS, MARGIN, SEEDS, Claim, Comparison
-from reports import figures
-from reports.figures import LENGTH, REWARD, Record, t_interval
+from experiments import draw, rule
+from experiments.claims import ARMS, CLAIMS, LOOKS, Claim, Comparison
+from experiments.rule import Decided, Results
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-FIGURES = HERE / "figures"
-README = HERE.parent / "README.md"
-PAPER = HERE.parent / "docs" / "paper.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAPER = ROOT / "docs" / "paper.md"
+RESULTS_PAGE = ROOT / "experiments" / "RESULTS.md"
+NOT_RUN = "not run"
+IN_TOKENS = ("length", "reflection_excess")
 
-REPRODUCES = "reproduces"
-DOES_NOT = "does not reproduce"
-NOT_VISIBLE = "not visible at this scale"
-
-Results = Mapping[str, dict[str, Any]]  # arm → its results/ARM.json
+# ── words ────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Decided(NamedTuple):
-    """A comparison with its numbers: mean and 95 % interval of the paired differences."""
-
-    comparison: Comparison
-    mean: float
-    low: float
-    high: float
-    verdict: str
-
-
-# ── the rule ─────────────────────────────────────────────────────────────────────────────────────
+def title(c: Comparison) -> str:
+    """What is compared, such as `late accuracy, default − lam-0.95`."""
+    metric = c.metric.replace("_", " ")
+    if c.second == c.first:
+        return f"{metric}, {c.first}"
+    if c.second == f"{c.first}@0":
+        return f"{metric}, {c.first}, after − before"
+    return f"{metric}, {c.first} − {c.second}"
 
 
-def decide(comparison: Comparison, results: Results) -> Decided:
-    """Compare two arms seed by seed. The metric of an arm against itself is a difference already,
-    and is compared with 0."""
-    first = metric_by_seed(results, comparison.first, comparison.metric)
-    if comparison.first == comparison.second:
-        differences = list(first.values())
-    else:
-        second = metric_by_seed(results, comparison.second, comparison.metric)
-        differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    mean, low, high = t_interval(differences)
-    return Decided(comparison, mean, low, high, verdict(comparison, low, high))
+def numbers(d: Decided) -> str:
+    """Mean and interval of a difference, such as `+0.031 [+0.010, +0.052]`."""
+    form = "+.1f" if d.comparison.metric in IN_TOKENS else "+.3f"
+    return f"{d.mean:{form}} [{d.low:{form}}, {d.high:{form}}]".replace("-", "−")
 
 
-def metric_by_seed(results: Results, arm: str, metric: str) -> dict[str, float]:
-    """seed → the metric of an arm's held-out responses after its training, or before it (ARM@0)."""
-    name, at, _ = arm.partition("@")
-    when = "before" if at else "after"
-    runs = sorted(results[name]["runs"].items())
-    return {seed: run[when][metric] for seed, run in runs if metric in run[when]}
+def deciding(claim: Claim, results: Results) -> Decided:
+    """The first primary comparison whose verdict is the claim's."""
+    verdict = rule.claim_verdict(claim, results)
+    found = rule.decisions(claim, results)
+    return next(d for d in found if d.comparison.primary and d.verdict == verdict)
 
 
-def verdict(comparison: Comparison, low: float, high: float) -> str:
-    """The verdict of a comparison from its interval, see experiments/claims.py.
-
-    >>> verdict(Comparison("a", "b"), 0.01, 0.2)
-    'reproduces'
-    >>> verdict(Comparison("a", "b", paper="alike"), 0.01, 0.2)
-    'not visible at this scale'
-    """
-    if comparison.paper == "more":
-        reproduces, opposed = low > 0, high < 0
-    else:
-        reproduces, opposed = low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN
-    if reproduces:
-        return REPRODUCES
-    return DOES_NOT if opposed else NOT_VISIBLE
+def still_undecided(d: Decided) -> str:
+    """Half-width and number of seeds that would decide an undecided comparison."""
+    form = ".1f" if d.comparison.metric in IN_TOKENS else ".3f"
+    return f"half-width {d.half_width:{form}}, about {rule.seeds_to_decide(d)} seeds would decide"
 
 
-def claim_verdict(decided: Sequence[Decided]) -> str:
-    """The verdict of a claim, from its primary comparisons."""
-    verdicts = {d.verdict for d in decided if d.comparison.primary}
-    for worst in (DOES_NOT, NOT_VISIBLE):
-        if worst in verdicts:
-            return worst
-    return REPRODUCES
+def counted(results: Results) -> str:
+    """How many claims have which verdict: `Of 28 claims 9 reproduce, …`."""
+    found = [rule.claim_verdict(claim, results) or NOT_RUN for claim in CLAIMS.values()]
+    counts = Counter(found)
+    parts = [
+        f"{counts[rule.REPRODUCES]} reproduce",
+        f"{counts[rule.CONTRADICTS]} are contradicted",
+        f"{counts[rule.NO_DIFFERENCE]} show no difference",
+        f"{counts[rule.UNDECIDED]} are undecided",
+    ]
+    if counts[NOT_RUN]:
+        parts.append(f"{counts[NOT_RUN]} have not been run")
+    return f"Of {len(CLAIMS)} claims {', '.join(parts[:-1])} and {parts[-1]}."
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def claims_table(results: Results) -> str:
+    """README's table: each claim, its verdict, and the comparison that decides it."""
+    lines = [
+        counted(results),
+        "",
+        "| claim | verdict | seeds | difference [98.75 %] |",
+        "|---|---|---|---|",
+    ]
+    for claim in CLAIMS.values():
+        verdict = rule.claim_verdict(claim, results)
+        cells = [f"{claim.text} ({claim.place})", NOT_RUN, "", ""]
+        if verdict:
+            d = deciding(claim, results)
+            cells[1:] = [verdict, f"{d.seeds}", numbers(d)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paper_verdict(name: str, results: Results) -> str:
+    """What docs/paper.md says of a claim: its verdict, its primary differences, and what five seeds
+    said before."""
+    claim = CLAIMS[name]
+    verdict = rule.claim_verdict(claim, results)
+    if not verdict:
+        return NOT_RUN
+    primary = [d for d in rule.decisions(claim, results) if d.comparison.primary]
+    differences = "; ".join(f"{title(d.comparison)} {numbers(d)}, n = {d.seeds}" for d in primary)
+    links = f"[figure](../experiments/figures/{name}.png), `python -m experiments.run {name}`"
+    if claim.five_seeds:
+        links += f"; [five seeds](../experiments/FIVE_SEEDS.md): {claim.five_seeds}"
+    caveat = f"; {claim.caveat}" if claim.caveat else ""
+    return f"**{verdict}**: {differences} ({links}){caveat}"
+
+
+def results_page(results: Results) -> str:
+    """RESULTS.md: every claim with all its comparisons, then every arm."""
+    arms = [arm for arm in ARMS if results.get(arm, {}).get("runs")]
+    runs = sum(len(results[arm]["runs"]) for arm in arms)
+    lines = [
+        "# The paper in miniature",
+        "",
+        f"Made by `python -m experiments.verdicts` from {runs} runs of {len(arms)} arms. The rule "
+        "is in experiments/claims.py and is older than the runs. Differences are paired over "
+        f"seeds, with 98.75 % t-intervals at looks after {', '.join(map(str, LOOKS))} seeds. An "
+        "earlier round, with other seeds and a noisier measure: [FIVE_SEEDS.md](FIVE_SEEDS.md).",
+        "",
+        counted(results),
+        "",
+        "![All differences in accuracy](figures/differences.png)",
+        "",
+    ]
+    for name, claim in CLAIMS.items():
+        if rule.claim_verdict(claim, results):
+            lines += claim_section(name, results)
+    lines += ["## Arms", "", arms_table(results), "", "## Critics", "", critics_table(results), ""]
+    return "\n".join(lines)
+
+
+def claim_section(name: str, results: Results) -> list[str]:
+    """The lines of RESULTS.md on one claim."""
+    claim = CLAIMS[name]
+    lines = [
+        f"## {claim.text} ({claim.place}): {rule.claim_verdict(claim, results)}",
+        "",
+        f"`python -m experiments.run {name}`, {core_minutes(claim, results)} core minutes",
+        "",
+        "| comparison | seeds | mean difference [98.75 %] | verdict |",
+        "|---|---|---|---|",
+    ]
+    for d in rule.decisions(claim, results):
+        primary = "" if d.comparison.primary else " (not primary)"
+        verdict = d.verdict
+        if verdict == rule.UNDECIDED and d.comparison.primary:
+            verdict = f"{verdict}: {still_undecided(d)}"
+        cells = [title(d.comparison) + primary, f"{d.seeds}", numbers(d), verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    if claim.five_seeds:
+        lines += ["", f"What five other seeds said before: {claim.five_seeds}."]
+    if claim.caveat:
+        lines += ["", f"Caveat: {claim.caveat}."]
+    if name == "rise":
+        lines += ["", moments(results)]
+    return [*lines, "", f"![{claim.text}](figures/{name}.png)", ""]
+
+
+def moments(results: Results) -> str:
+    """A sentence on the step moments of each seed."""
+    found = []
+    for seed, run in sorted(results["default"]["runs"].items()):
+        steps = ", ".join(map(str, step_moments(run["curves"]))) or "none"
+        found.append(f"seed {seed}: {steps}")
+    listed = "; ".join(found)
+    return f"Step moments (`verdicts.step_moments`; no part of the verdict): {listed}."
 
 
 def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 1 / 3) -> list[int]:
@@ -114,164 +193,60 @@ def step_moments(curves: dict[str, list[float]], width: int = 4, share: float = 
     return [step for step in range(width, last + 1) if all(rises(curve, step) for curve in both)]
 
 
-# ── which arms have been run ─────────────────────────────────────────────────────────────────────
-
-
-def load() -> dict[str, dict[str, Any]]:
-    """arm → its results, for the arms that have any."""
-    return {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-
-
-def run_on_all_seeds(arm: str, results: Results) -> bool:
-    """Whether there is a result for every seed."""
-    return arm in results and len(results[arm]["runs"]) == len(SEEDS)
-
-
-def finished(claim: Claim, results: Results) -> bool:
-    """Whether the arms of the claim's primary comparisons have been run."""
-    return all(run_on_all_seeds(arm, results) for arm in claim.arms(primary=True))
-
-
-def finished_arms(claim: Claim, results: Results) -> list[str]:
-    """The arms of the claim that have been run, the reference first."""
-    return [arm for arm in claim.arms() if run_on_all_seeds(arm, results)]
-
-
-def decisions(claim: Claim, results: Results) -> list[Decided]:
-    """The claim's comparisons whose arms have been run, decided."""
-    arms = finished_arms(claim, results)
-    return [
-        decide(c, results)
-        for c in claim.comparisons
-        if c.first in arms and c.second.removesuffix("@0") in arms
-    ]
-
-
-# ── texts and tables ─────────────────────────────────────────────────────────────────────────────
-
-
-def title(c: Comparison) -> str:
-    """What is compared, such as `accuracy, default − lam-0.95`."""
-    metric = c.metric.replace("_", " ")
-    if c.second == c.first:
-        return metric
-    if c.second == f"{c.first}@0":
-        return f"{metric}, after − before"
-    return f"{metric}, {c.first} − {c.second}"
-
-
-def numbers(d: Decided) -> str:
-    """Mean and interval of a difference, such as `+0.031 [+0.010, +0.052]`."""
-    in_tokens = "length" in d.comparison.metric or "excess" in d.comparison.metric
-    form = "+.1f" if in_tokens else "+.3f"
-    return f"{d.mean:{form}} [{d.low:{form}}, {d.high:{form}}]".replace("-", "−")
-
-
-def primary_differences(decided: Sequence[Decided]) -> list[str]:
-    """Title and numbers of each primary comparison."""
-    return [f"{title(d.comparison)} {numbers(d)}" for d in decided if d.comparison.primary]
-
-
-def claims_table(results: Results) -> str:
-    """README's table: claim, place in the paper, verdict, primary differences, figure."""
-    lines = [
-        "| claim | paper | verdict | difference, in accuracy unless named [95 %] | figure |",
-        "|---|---|---|---|---|",
-    ]
-    for name, claim in CLAIMS.items():
-        verdict, differences, figure = "not run", [], name
-        if finished(claim, results):
-            decided = decisions(claim, results)
-            verdict = claim_verdict(decided)
-            differences = [d.removeprefix("accuracy, ") for d in primary_differences(decided)]
-            figure = f"[{name}](experiments/figures/{name}.png)"
-        cells = [claim.text, claim.place, verdict, "; ".join(differences), figure]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def paper_verdict(name: str, results: Results) -> str:
-    """What docs/paper.md says of a claim: its verdict, and its primary differences."""
-    claim = CLAIMS[name]
-    if not finished(claim, results):
-        return "not run"
-    decided = decisions(claim, results)
-    links = f"[figure](../experiments/figures/{name}.png), `python -m experiments.run {name}`"
-    caveat = f"; {claim.caveat}" if claim.caveat else ""
-    differences = "; ".join(primary_differences(decided))
-    return f"**{claim_verdict(decided)}**: {differences} ({links}){caveat}"
-
-
-def results_page(results: Results) -> str:
-    """RESULTS.md: every claim with all its comparisons, then every arm."""
-    lines = [
-        "# The paper in miniature",
-        "",
-        f"Made by `python -m experiments.verdicts` from {len(results)} arms. The rule is in "
-        "experiments/claims.py and is older than the runs. Differences are paired over seeds, with "
-        "95 % t-intervals.",
-        "",
-    ]
-    for name, claim in CLAIMS.items():
-        if finished(claim, results):
-            lines += claim_section(name, results)
-    return "\n".join([*lines, "## Arms", "", arms_table(results), ""])
-
-
-def claim_section(name: str, results: Results) -> list[str]:
-    """The lines of RESULTS.md on one claim."""
-    claim = CLAIMS[name]
-    decided = decisions(claim, results)
-    lines = [
-        f"## {claim.text} ({claim.place}): {claim_verdict(decided)}",
-        "",
-        f"`python -m experiments.run {name}`, {core_minutes(claim, results)} core minutes",
-        "",
-        "| comparison | mean difference [95 %] | verdict |",
-        "|---|---|---|",
-    ]
-    for d in decided:
-        primary = "" if d.comparison.primary else " (not primary)"
-        lines.append(f"| {title(d.comparison)}{primary} | {numbers(d)} | {d.verdict} |")
-    if claim.caveat:
-        lines += ["", f"Caveat: {claim.caveat}."]
-    if name == "rise":
-        found = []
-        for seed, run in sorted(results["default"]["runs"].items()):
-            steps = ", ".join(map(str, step_moments(run["curves"]))) or "none"
-            found.append(f"seed {seed}: {steps}")
-        moments = "; ".join(found)
-        lines += ["", f"Step moments (`verdicts.step_moments`; no part of the verdict): {moments}."]
-    return [*lines, "", f"![{claim.text}](figures/{name}.png)", ""]
-
-
 def core_minutes(claim: Claim, results: Results) -> int:
-    """Minutes that the runs of the claim's arms take on one core: from the median of an arm's runs,
+    """Minutes that the runs of the claim's arms took on one core: from the median of an arm's runs,
     since a run may have been paused."""
-    seconds = 0.0
-    for arm in finished_arms(claim, results):
-        runs = results[arm]["runs"].values()
-        seconds += len(runs) * median(run["seconds"] for run in runs)
-    return round(seconds / 60)
+    return round(sum(arm_minutes(arm, results) for arm in claim.arms()))
+
+
+def arm_minutes(arm: str, results: Results) -> float:
+    """Minutes that an arm's runs took on one core."""
+    runs = results.get(arm, {}).get("runs", {}).values()
+    return len(runs) * median(run["seconds"] for run in runs) / 60 if runs else 0.0
 
 
 def arms_table(results: Results) -> str:
-    """Every arm: flags, learning rate, accuracy of each seed, and means over the seeds."""
-    columns = ["arm", "flags", "policy rate", "accuracy by seed", "mean"]
-    columns += ["length", "format", "reflection", "truncated"]
+    """Every arm: flags, learning rate, late accuracy of each seed, and means over the seeds."""
+    columns = ["arm", "flags", "policy rate", "late accuracy by seed", "late accuracy"]
+    columns += ["accuracy", "length", "format", "reflection", "truncated", "core minutes"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for arm in ARMS:
-        if arm not in results or not results[arm]["runs"]:
+        runs = runs_of(arm, results)
+        if not runs:
             continue
-        runs = [run for _, run in sorted(results[arm]["runs"].items())]
-        accuracies = [f"{run['after']['accuracy']:.3f}".removeprefix("0") for run in runs]
+        accuracies = [f"{run['after']['late_accuracy']:.3f}".removeprefix("0") for run in runs]
         flags = f"`{ARMS[arm]}`" if ARMS[arm] else ""
         cells = [arm, flags, runs[0]["rate"], " ".join(accuracies)]
-        for metric in ("accuracy", "length", "format", "reflection", "truncated"):
+        for metric in ("late_accuracy", *columns[5:10]):
             digits = 1 if metric == "length" else 3
             cells.append(f"{fmean(run['after'][metric] for run in runs):.{digits}f}")
+        cells.append(f"{arm_minutes(arm, results):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def critics_table(results: Results) -> str:
+    """What each arm's critic predicts on held-out responses after the training, over the seeds."""
+    metrics = ["accuracy", "value_first", "brier_first", "explained_variance"]
+    metrics += ["brier_value", "brier_group", "brier_constant", "brier_best"]
+    heads = ["arm", "accuracy", "V(s_0)", "Brier of V(s_0)", "explained variance of R"]
+    heads += ["Brier of V(s_t)", "of the group's mean", "of a constant", "of the success rate"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm in ARMS:
+        runs = runs_of(arm, results)
+        if not runs or "value_first" not in runs[0]["after"]:
+            continue
+        cells = [arm]
+        for metric in metrics:
+            found = [run["after"][metric] for run in runs if metric in run["after"]]
+            cells.append(f"{fmean(found):.3f}".replace("-", "−") if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs_of(arm: str, results: Results) -> Sequence[dict[str, Any]]:
+    """The runs of an arm in the order of their seeds."""
+    return [run for _, run in sorted(results.get(arm, {}).get("runs", {}).items())]
 
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────
@@ -306,87 +281,11 @@ def filled_paper(text: str, results: Results) -> str:
     )
 
 
-# ── figures ──────────────────────────────────────────────────────────────────────────────────────
-
-EXPLAINED = ("explained_variance", "explained variance of V")
-PANELS = {  # claim → the metrics of its figure, where they are not those of "rise"
-    "rise": (REWARD, LENGTH),
-    "format": (("format", "share in the format"), REWARD),
-    "reflection": (
-        ("reflection", "share that reflects"),
-        ("correct_reflection_length", "correct and reflecting [tokens]"),
-        LENGTH,
-    ),
-    "repetition": (EXPLAINED, ("truncated", "share cut off")),
-    "valuehead": (REWARD, EXPLAINED),
-    "criticwarmup": (REWARD, EXPLAINED),
-}
-
-
-def draw(results: Results) -> None:
-    """A figure of the curves of each claim's arms, and one of all differences in accuracy."""
-    rows = []
-    for name, claim in CLAIMS.items():
-        if not finished(claim, results):
-            continue
-        draw_claim(name, results)
-        if name != "rise":
-            rows += [
-                (title(d.comparison).partition(", ")[2], *(round(x, 3) for x in d[1:4]))
-                for d in decisions(claim, results)
-                if d.comparison.metric == "accuracy"
-            ]
-    if rows:
-        label = "difference in held-out accuracy: mean and 95 % interval over seeds"
-        out = FIGURES / "differences.png"
-        figures.intervals(rows, out, "Arms against their reference", label, MARGIN)
-
-
-def draw_claim(name: str, results: Results) -> None:
-    """The curves of a claim's arms."""
-    claim = CLAIMS[name]
-    curves, held_out = {}, {}
-    for arm in finished_arms(claim, results):
-        runs = results[arm]["runs"].values()
-        label = ARMS[arm].replace("--", "") or arm
-        curves[label] = [records(run) for run in runs]
-        held_out[label] = [evaluations(run) for run in runs]
-    figures.compare(
-        curves,
-        FIGURES / f"{name}.png",
-        f"{claim.text} ({claim.place})",
-        PANELS.get(name, PANELS["rise"]),
-        held_out if len(curves) > 1 else None,
-    )
-
-
-def records(run: dict[str, Any]) -> list[Record]:
-    """The curves of a run as one record a step. The off-policy arm has five steps; each stands for
-    the samples and updates of eight."""
-    curves = run["curves"]
-    steps = len(curves["reward"])
-    scale = 8 if steps == 5 else 1
-    found = []
-    for step in range(steps):
-        values = {name: curve[step] for name, curve in curves.items() if curve[step] is not None}
-        found.append({"step": step * scale} | values)
-    return found
-
-
-def evaluations(run: dict[str, Any]) -> list[Record]:
-    """The held-out accuracy before and after the training, as in evaluations.jsonl."""
-    steps = len(run["curves"]["reward"])
-    return [
-        {"step": 0, "reward": run["before"]["accuracy"]},
-        {"step": steps, "reward": run["after"]["accuracy"]},
-    ]
-
-
 def rewrite() -> None:
     """Draw the figures, and write RESULTS.md, README's table and the verdicts in docs/paper.md."""
-    results = load()
-    draw(results)
-    (HERE / "RESULTS.md").write_text(results_page(results))
+    results = rule.load()
+    draw.draw_all(results)
+    RESULTS_PAGE.write_text(results_page(results))
     README.write_text(filled_readme(README.read_text(), results))
     PAPER.write_text(filled_paper(PAPER.read_text(), results))
     print(claims_table(results))

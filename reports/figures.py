@@ -253,12 +253,12 @@ def figures(folder: Path) -> list[Path]:
     for name, (title, panels) in FIGURES.items():
         draws = _draws(panels, records, RUN_STYLES, evaluations)
         if draws:
-            written.append(_save(folder / f"{name}.png", f"{title}: {folder.name}", draws))
+            written.append(save_panels(folder / f"{name}.png", f"{title}: {folder.name}", draws))
     panels = heldout_panels(evaluations)
     if panels:
         draws = _draws(panels, evaluations, HELDOUT_STYLES)
         title = f"Held-out accuracy (as Fig. 5): {folder.name}"
-        written.append(_save(folder / "heldout.png", title, draws))
+        written.append(save_panels(folder / "heldout.png", title, draws))
     return written
 
 
@@ -330,7 +330,7 @@ def compare(
     evaluated = held_out is not None and any(map(any, held_out.values()))
     if evaluated:
         draws.append(partial(_draw_last, arms=[held_out.get(label, []) for label in arms]))
-    return _save(out, title, draws, _caption(counts, evaluated))
+    return save_panels(out, title, draws, _caption(counts, evaluated))
 
 
 def intervals(rows: Sequence[Row], out: Path, title: str, xlabel: str, margin: float = 0.0) -> Path:
@@ -344,7 +344,7 @@ def intervals(rows: Sequence[Row], out: Path, title: str, xlabel: str, margin: f
         if not low <= mean <= high:
             raise ValueError(f"row {row}: expected label, mean, low, high with low ≤ mean ≤ high")
     draw = partial(_draw_forest, rows=rows, xlabel=xlabel, margin=margin)
-    return _save(out, title, [draw], size=(6.8, 0.8 + 0.28 * len(rows)))
+    return save_panels(out, title, [draw], size=(6.8, 0.8 + 0.28 * len(rows)))
 
 
 def _draws(
@@ -486,7 +486,7 @@ def _draw_forest(axes: "Axes", rows: Sequence[Row], xlabel: str, margin: float) 
     axes.locator_params(axis="x", nbins=6)
 
 
-def _save(
+def save_panels(
     out: Path,
     title: str,
     draws: Sequence[Draw],
