@@ -591,11 +591,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def revision() -> str:
-    """Revision of this program: git's short hash, with -dirty where files differ from it."""
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+def revision(aside: str = "") -> str:
+    """Revision of this program: git's short hash, with -dirty where files differ from it, those in
+    the folder `aside` left out."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    others = [":/", f":(top,exclude){aside}"] if aside else []
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        described = subprocess.run(
+            [*git, "describe", "--always"], capture_output=True, text=True, check=True
+        )
+        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *others]).returncode == 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return described.stdout.strip() + ("" if same else "-dirty")
