@@ -467,10 +467,10 @@ def main() -> None:
     """Command line. What can be refused before the first step is refused in one line, as is a loss
     that is not finite and a file that cannot be written; any other error keeps its traceback. What
     a reward of your own raises keeps it, too, and the line says so."""
-    cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
+        cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
         validate_ranges(cfg)
         if cfg.plan:
             from tools import plan
