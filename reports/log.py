@@ -12,6 +12,7 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               *.png            figures (reports/figures.py)
               report.html      everything to look at, in one page (reports/page.py)
               policy/ critic/  Hugging Face folders; *.earlier: of a training that goes on
+              exports/         such folders of checkpoints (tools/export.py)
 
 The process that trains holds a lock on the folder, from before the first check to its end.
 """
@@ -83,7 +84,7 @@ RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files 
 OUTPUTS = """
     checkpoints policy policy.earlier policy.partial critic critic.earlier critic.partial
     metrics.jsonl evaluations.jsonl rollouts.jsonl heldout-*.jsonl failed-step-*.jsonl rollouts
-    tensorboard summary.json report.html *.png *.svg
+    tensorboard summary.json report.html *.png *.svg exports
 """.split()
 REMOVED = ".removed"  # what is being deleted is moved into this folder first
 _locks: dict[Path, int] = {}  # run folder → open file descriptor that locks it
