@@ -29,6 +29,7 @@ from reports.metrics import rollout_metrics
 from rollout import Rollout
 from tools import plan
 from tools.ask import Question
+from tools.export import Settings as Export
 from toy import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,7 @@ PROGRAMS = {
     "train": Config,
     "evaluate": Evaluation,
     "tools.ask": Question,
+    "tools.export": Export,
     "curation.curate": Recipe,
 }
 
