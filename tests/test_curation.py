@@ -122,7 +122,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
         "| `orz.json` | 3 | 2 |",
         "| `other.jsonl` | 9 | 2 |",
         f"python -m curation.curate {orz} {other} --against {held_out} --out {out}",
-        "| against | 9 | 2 | shares n-grams: test.jsonl 2 | problems of the evaluation sets",
+        "| against | 9 | 2 | shares n-grams: test.jsonl 1, same words: test.jsonl 1 | problems of",
         "| `answer` | the gold answer, in LaTeX or plain |",
     ):
         assert line in described, line
