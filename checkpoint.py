@@ -526,6 +526,20 @@ def load_checkpoint(resume_from: Checkpoint | None, trained: Trained) -> int:
     return resume_from.about["step"]
 
 
+def load_weights(saved: Checkpoint, role: str, module: torch.nn.Module) -> None:
+    """Give a model, in one process, the weights that a checkpoint has of its role, and no optimizer
+    state. Raises OSError when they cannot be read, or when the run has removed the checkpoint
+    meanwhile."""
+    weights = {f"{role}/{name}": p.detach() for name, p in module.named_parameters()}
+    try:
+        dcp.load(weights, checkpoint_id=saved.path, no_dist=True)
+    except (CheckpointException, OSError) as error:
+        why = _cause(error)
+        if not saved.path.exists():
+            why = "the run has removed it meanwhile; call again for a newer one"
+        raise OSError(f"{saved.path} cannot be loaded ({why})") from error
+
+
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 CHUNK = 2**24  # bytes that are read at once

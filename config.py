@@ -285,6 +285,7 @@ TINY: dict[str, Any] = {
     "threads": 1,
 }
 LONG_MODELS = ("tiny-long", "tiny-loops", "tiny-long-half")
+TASK_MODELS = ("tiny", *LONG_MODELS)  # those of toy/tiny.py, which bring their problems
 TINY_LONG = TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}
 PRESETS = QWEN | {"tiny": TINY} | dict.fromkeys(LONG_MODELS, TINY_LONG)
 

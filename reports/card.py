@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import data
-from config import Config
+from config import TASK_MODELS, Config
 from curation.files import read_jsonl
 from data import TrainedPrompt
 from reports.log import in_one_line, revision, versions
 from reports.metrics import comparable
-from toy import tiny
 
 # Settings that every card shows.
 SHOWN = """steps prompts samples advantage policy_steps critic_steps policy_lr critic_lr temperature
@@ -75,7 +74,7 @@ def critic_files(cfg: Config, done: int) -> dict[str, str]:
 def _front_matter(cfg: Config, base: str) -> str:
     """What the hub reads. There is no license: the base model's and the data's decide it."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if not (Path(base).exists() or cfg.model in tiny.TASKS):
+    if not (Path(base).exists() or cfg.model in TASK_MODELS):
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join([*lines, "tags: [open-reasoner-zero]", "---\n"])
 
@@ -91,7 +90,7 @@ def _what(cfg: Config, base: str, done: int) -> str:
 
 
 def _name(cfg: Config, base: str) -> str:
-    if cfg.model in tiny.TASKS:
+    if cfg.model in TASK_MODELS:
         return f"`{cfg.model}`"
     return Path(base).name if Path(base).exists() else base
 
@@ -119,7 +118,7 @@ def _data(cfg: Config, problems: int | None) -> str:
     source = _source(cfg.data) if cfg.data else f"the problems that `{cfg.model}` brings"
     count = "" if problems is None else f", {problems:,} problems"
     held_out = ", ".join(map(_source, cfg.eval_data)) or (
-        f"those that `{cfg.model}` brings" if cfg.model in tiny.TASKS else "none"
+        f"those that `{cfg.model}` brings" if cfg.model in TASK_MODELS else "none"
     )
     return f"- Training: {source}{count}\n- Held-out: {held_out}\n"
 
@@ -187,7 +186,7 @@ def _quoted(texts: Iterable[str]) -> str:
 
 
 def _question(cfg: Config) -> str:
-    return "7+4+12+3+9+6+11=?" if cfg.model in tiny.TASKS else QUESTION
+    return "7+4+12+3+9+6+11=?" if cfg.model in TASK_MODELS else QUESTION
 
 
 TRANSFORMERS = """

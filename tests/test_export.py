@@ -31,8 +31,8 @@ import data
 import preflight
 import reports.log
 import train
-from checkpoint import find_checkpoint
-from config import STOP, Sampling, parse
+from checkpoint import Checkpoint, find_checkpoint
+from config import STOP, TASK_MODELS, Sampling, parse
 from hf_sampler import HFSampler
 from tools import ask, export
 from toy import tiny
@@ -123,7 +123,10 @@ def test_generation_settings_are_those_of_the_training(run: Path, own: Path) -> 
     ends = [tokenizer.decode([i]) for i in generation.eos_token_id]
     assert tokenizer.eos_token in ends and "} </answer>" in ends
     assert all(end == tokenizer.eos_token or any(s in end for s in STOP) for end in ends)
-    assert len(GenerationConfig.from_pretrained(own / "policy").eos_token_id) == len(ends)
+    fewer = GenerationConfig.from_pretrained(own / "policy").eos_token_id
+    assert {tokenizer.decode([i]) for i in {*generation.eos_token_id} - {*fewer}} == {
+        "\nAssistant: <think>"
+    }
 
 
 def code(card: str, language: str) -> list[str]:
@@ -154,6 +157,10 @@ def test_the_card_describes_the_run_and_its_snippet_runs(
     assert said.strip() and "Assistant: <think>" not in said
     critic = (run / "critic" / "README.md").read_text()
     assert "V(s_t) of the run a run after 2 iterations" in critic
+
+
+def test_the_card_knows_the_models_that_bring_their_problems() -> None:
+    assert set(TASK_MODELS) == set(tiny.TASKS)
 
 
 # ── the prompt ────────────────────────────────────────────────────────────────────────────────────
@@ -202,7 +209,7 @@ def test_a_changed_prompt_is_said_when_a_run_goes_on(
     """As for the other settings of the sampler: it is said in one line, and the closing table
     compares only evaluations that were made alike."""
     copy = shutil.copytree(own, own.with_name("copy"))
-    more = ("--name", "copy", "--resume", "auto", "--prompt-tokens", "120")
+    more = ("--name", "copy", "--resume", "auto", "--prompt-tokens", "480")
     train_run(flags, *more, "--steps", "2", "--template", "paper")
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if line.startswith("going on from")]
@@ -286,13 +293,13 @@ def test_a_checkpoint_that_the_run_removes_meanwhile(
     run: Path, call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going_on = shutil.copytree(run, tmp_path / "run")
-    fill = export.fill
+    load_weights = export.load_weights
 
-    def remove_first(found: export.Checkpoint, role: str, module: object) -> None:
+    def remove_first(found: Checkpoint, role: str, module: torch.nn.Module) -> None:
         shutil.rmtree(found.path, ignore_errors=True)
-        fill(found, role, module)
+        load_weights(found, role, module)
 
-    monkeypatch.setattr(export, "fill", remove_first)
+    monkeypatch.setattr(export, "load_weights", remove_first)
     done = call(export.main, going_on, "--step", 1)
     assert done.code == 1
     (line,) = done.err.splitlines()

@@ -93,13 +93,7 @@ def main() -> None:
             show_values(settings.critic, settings.dtype, tokenizer, response)
         except (ValueError, OSError) as error:  # its weights are not those of its architecture
             sys.exit(f"tools.ask: {error}")
-    final = extract(response.text)
-    if final:
-        print(f"\nanswer: {final}")
-    elif response.finish_reason == "length":
-        print("\nno answer (cut off)")
-    else:
-        print("\nno answer (none in the tags)")
+    print_answer(response)
 
 
 def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Problem:
@@ -159,6 +153,17 @@ def answer(
     stopped = token_ids[-1] in eos or any(stop in text for stop in settings.stop)
     finish_reason = "stop" if stopped else "length"
     return Rollout(problem, token_ids, [0.0] * len(token_ids), finish_reason, text)
+
+
+def print_answer(response: Rollout) -> None:
+    """Print the extracted answer, or why there is none."""
+    final = extract(response.text)
+    if final:
+        print(f"\nanswer: {final}")
+    elif response.finish_reason == "length":
+        print("\nno answer (cut off)")
+    else:
+        print("\nno answer (none in the tags)")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

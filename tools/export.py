@@ -15,11 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 import data
@@ -30,6 +27,7 @@ from checkpoint import (
     by_step,
     export_model,
     generation_settings,
+    load_weights,
     read_checkpoint,
     require_same_models,
     step_of,
@@ -92,7 +90,7 @@ def export(settings: Settings) -> Path:
     require_same_models(found, configs, LARGE)
     out.mkdir(parents=True, exist_ok=True)
     policy = Policy(load_pretrained(AutoModelForCausalLM, base).eval())
-    fill(found, "policy", policy)
+    load_weights(found, "policy", policy)
     generation = generation_settings(cfg, tokenizer, eos)
     files = card.policy_files(cfg, base, run, step)
     export_model(policy, tokenizer, out / "policy", generation, files)
@@ -100,7 +98,7 @@ def export(settings: Settings) -> Path:
     if "critic" in configs:
         model_class = critic_class(configs["critic"])
         critic = Critic(load_pretrained(model_class, source, HEADS, num_labels=1).eval())
-        fill(found, "critic", critic)
+        load_weights(found, "critic", critic)
         export_model(critic, tokenizer, out / "critic", files=card.critic_files(cfg, step))
     return out
 
@@ -140,20 +138,6 @@ def critic_source(cfg: Config, found: Checkpoint, policy_config: Any) -> str:
     of_policy = architecture(policy_config)
     differs = {k for k, v in of_critic.items() if v != of_policy.get(k)} - {"tie_word_embeddings"}
     return cfg.init_critic or cfg.critic_model if differs else ""
-
-
-def fill(found: Checkpoint, role: str, module: torch.nn.Module) -> None:
-    """Give a model the weights of a checkpoint. Raises OSError when they cannot be read, or when
-    the run has removed the checkpoint meanwhile."""
-    weights = {f"{role}/{name}": p.detach() for name, p in module.named_parameters()}
-    try:
-        dcp.load(weights, checkpoint_id=found.path, no_dist=True)
-    except (CheckpointException, OSError) as error:
-        if not found.path.exists():
-            why = "the run has removed it meanwhile; call again for a newer one"
-        else:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{found.path} cannot be loaded ({why})") from error
 
 
 if __name__ == "__main__":
