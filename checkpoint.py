@@ -532,6 +532,7 @@ def load_weights(saved: Checkpoint, role: str, module: torch.nn.Module) -> None:
     meanwhile."""
     weights = {f"{role}/{name}": p.detach() for name, p in module.named_parameters()}
     try:
+        (saved.path / ".metadata").stat()  # where it is gone, dcp would print a traceback
         dcp.load(weights, checkpoint_id=saved.path, no_dist=True)
     except (CheckpointException, OSError) as error:
         why = _cause(error)
