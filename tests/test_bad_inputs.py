@@ -645,7 +645,7 @@ ROWS = [
     Row("train", "--stop=", "--stop '': is empty or blank"),
     Row("ask", "--stop x x", "--stop 'x': is there twice; name it once"),
     Row("evaluate", "--stop <think>", "--stop '<think>': stands at the end of the template"),
-    Row("train", f"--stop {'x' * 101}", "': has 101 characters; expected at most 100"),
+    Row("train", f"--stop {'x' * 101}", "x: has 101 characters; expected at most 100"),
     Row("train", "--stop \udcff", "is not text in UTF-8"),
     Row("train", "--model PROMPT-CUT", "/prompt-cut: its prompt.json is damaged; expected a"),
     Row("evaluate", "--model PROMPT-STOP", "/prompt-stop: its prompt.json is damaged; expected a"),

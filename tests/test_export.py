@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -308,15 +309,26 @@ def test_a_checkpoint_that_the_run_removes_meanwhile(
 
 # ── vLLM's server ─────────────────────────────────────────────────────────────────────────────────
 
-SERVER = ("vllm", "openai", "uvicorn", "prometheus_fastapi_instrumentator")
+# What vLLM's server imports beside vLLM itself; its command also asks for vLLM's version.
+SERVER = """vllm openai uvicorn watchfiles prometheus_fastapi_instrumentator
+    model_hosting_container_standards""".split()
+
+
+def missing_for_a_server() -> list[str]:
+    missing = [name for name in SERVER if find_spec(name) is None]
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        missing.append("the metadata of a package called vllm")
+    return missing
 
 
 @pytest.fixture
 def served(run: Path) -> Iterator[int]:
     """`vllm serve` on the exported policy as its card says; yields the port."""
-    absent = [name for name in SERVER if find_spec(name) is None]
-    if absent:
-        pytest.skip(f"vLLM's server needs {', '.join(absent)}")
+    missing = missing_for_a_server()
+    if missing:
+        pytest.skip(f"vLLM's server needs {', '.join(missing)}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
