@@ -99,7 +99,7 @@ ARMS = {
     "anneal-hard": "",
     "loops": "--model tiny-loops",
     "loops-grpo": "--model tiny-loops --advantage grpo",
-    "loops-critic": "--model tiny-loops --critic-only-steps 20 --steps 20",
+    "loops-critic": "--model tiny-loops --critic-only-steps 40 --steps 40",
     "demo": "--model tiny",
 }
 
