@@ -91,6 +91,7 @@ def test_a_state_is_valued_before_its_next_token(
         asked.append((stream, samples, states))
         return [Rollout(state, [1], [], "stop", "") for state in states for _ in range(samples)]
 
+    monkeypatch.setattr(critics, "open_policy", lambda run: None)
     monkeypatch.setattr(critics, "sample", sample)
     found = critics.calibration(run, critic)
     assert found["depth"] == [0.0, 0.2, 0.4, 0.6, 0.8, 0.0, 0.2, 0.4]
@@ -165,12 +166,12 @@ def test_values_are_compared_with_the_reward_itself(
 
 @pytest.fixture(scope="module")
 def looping() -> tuple[PreTrainedTokenizerBase, Rollout]:
-    """The test bed's tokenizer, and a right response of eight careful steps."""
+    """The test bed's tokenizer, and a right response of nine careful steps."""
     tokenizer = tiny.tokenizer(tiny.LOOPS)
-    question = "7+5+9+4+1+10+2+3+6=?"
+    question = "7+5+9+4+1+10+2+3+6+8=?"
     text = tiny.respond(random.Random(0), question, "careful", slip=0.0) + tiny.EOS
-    problem = Problem("t:0", question, "47", tuple(tokenizer.encode(question)))
-    rollout = Rollout(problem, tokenizer.encode(text), [], "stop", text, "47", 1.0)
+    problem = Problem("t:0", question, "55", tuple(tokenizer.encode(question)))
+    rollout = Rollout(problem, tokenizer.encode(text), [], "stop", text, "55", 1.0)
     return tokenizer, rollout
 
 
