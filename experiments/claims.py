@@ -301,7 +301,7 @@ CLAIMS = {
     ),
     "smallcritic": Claim(
         "A critic half as wide is as good",
-        "AsyPPO",
+        "often asked",
         _default("half-critic", paper="alike"),
     ),
     "formatreward": Claim(

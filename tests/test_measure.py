@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from config import Config, parse
 from critic import Critic, load_critic
 from data import Problem
-from experiments import critics, measure
+from experiments import critics, draw, measure
 from experiments.critics import Finished
 from packing import forward_all_tokens
 from rollout import Rollout
@@ -210,3 +210,24 @@ def test_a_critic_that_counts_repeats_loses_value_with_each(
     assert found["going_on"] == [1] * 5 and found["responses"] == 3
     assert found["value_lost_by_4_repeats"] == pytest.approx(0.4)
     assert found["value_lost_against_going_on"] == pytest.approx(0.4)
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_the_critic_has_learned_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From two runs: a figure of the calibration and one of the loops."""
+    monkeypatch.setattr(draw, "FIGURES", tmp_path)
+    depths = [critics.DEPTHS[i % 5] for i in range(10)]
+    shares = [i / 10 for i in range(10)]
+    states = {"depth": depths, "value": shares, "success": shares, "group": shares[::-1]}
+    loops = {"along": [0.5, 0.4, 0.3, 0.2, 0.1], "going_on": [0.5] * 5}
+    both = {"10": {"calibration": states, "repetition": loops}}
+    both["11"] = both["10"]
+    results = {arm: {"runs": both} for arm in ("default", "loops-critic", "loops")}
+    draw.draw_calibration(results)
+    draw.draw_repetition(results)
+    assert {file.name for file in tmp_path.iterdir()} == {"calibration.png", "repetition.png"}
+    assert draw._brier(states, "value", 0.2) == pytest.approx((0.1 * 0.9 + 0.6 * 0.4) / 2)
