@@ -230,4 +230,4 @@ def test_what_the_critic_has_learned_is_drawn(
     draw.draw_calibration(results)
     draw.draw_repetition(results)
     assert {file.name for file in tmp_path.iterdir()} == {"calibration.png", "repetition.png"}
-    assert draw._brier(states, "value", 0.2) == pytest.approx((0.1 * 0.9 + 0.6 * 0.4) / 2)
+    assert draw.brier_at(states, "value", 0.2) == pytest.approx((0.1 * 0.9 + 0.6 * 0.4) / 2)
