@@ -264,9 +264,9 @@ CLAIMS = {
     "repetition": Claim(
         "The critic devalues repetition",
         "§2.2",
-        _of_one("loops-critic", "value_lost_by_4_repeats")
-        + _of_one("loops-critic", "value_lost_against_going_on", primary=False)
-        + _of_one("loops", "value_lost_by_4_repeats", primary=False),
+        _of_one("loops-critic", "value_lost_against_going_on")
+        + _of_one("loops-critic", "value_lost_by_4_repeats", primary=False)
+        + _of_one("loops", "value_lost_against_going_on", primary=False),
         NOT_VISIBLE,
     ),
     "loops": Claim(
