@@ -121,9 +121,10 @@ def test_a_comparison_ends_at_its_first_look_that_decides() -> None:
 def test_a_claim_asks_for_the_next_look_until_it_is_decided() -> None:
     claim = claims.Claim("", "", (Comparison("a", "b"), Comparison("a", "c", primary=False)))
     sure, unsure, zeros = [0.2, 0.21, 0.19, 0.2, 0.22], [0.2, -0.2, 0.1, -0.1, 0.3], [0.0] * 20
+    undecided = [0.2, 0.9, -0.5, 0.7, -0.9]
     for first, seeds in (([], 5), (sure[:3], 5), (sure, 5), (unsure, 10), (unsure * 4, 20)):
-        wanted = rule.seeds_wanted(claim, results(first, zeros))
-        assert wanted == {"a": seeds, "b": seeds, "c": 5}
+        found = results(first, zeros) | {"c": results(undecided * 4, [])["a"]}
+        assert rule.seeds_wanted(claim, found) == {"a": seeds, "b": seeds, "c": 5}
 
 
 def test_quantiles_of_students_t() -> None:
