@@ -460,7 +460,7 @@ def save_models(cfg: Config, models: Models, inputs: Inputs, folder: Path) -> No
     if models.critic:
         files = card.critic_files(cfg, cfg.steps)
         with distributed.on_device(cfg.offload, models.critic):
-            export_model(models.critic, inputs.tokenizer, folder / "critic", files=files)
+            export_model(models.critic, inputs.tokenizer, folder / "critic", None, files)
 
 
 ONE_LINE = (Refusal, RewardError, FloatingPointError, OSError)  # says all that is to be said
