@@ -95,10 +95,15 @@ def trained_prompt_file(trained: TrainedPrompt) -> str:
 
 def trained_prompt(path: str) -> TrainedPrompt | None:
     """What the prompt.json of a model folder or a hub id says; None where there is no such file.
-    Raises ValueError if it says anything else than `trained_prompt_file` writes."""
+    Raises ValueError if it says anything else than `trained_prompt_file` writes, or if the hub
+    fails to send it."""
     names = ("gated_repo", "missing_entries", "connection_errors")
     optional = {f"_raise_exceptions_for_{name}": False for name in names}
-    found = cached_file(path, PROMPT_FILE, **optional)
+    try:
+        found = cached_file(path, PROMPT_FILE, **optional)
+    except Exception as error:  # of the client's network library, which transformers passes on
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {path}: its {PROMPT_FILE} cannot be read ({why})") from None
     if found is None:
         return None
     try:
