@@ -250,8 +250,9 @@ def test_a_stop_string_whose_characters_are_several_tokens_ends_a_response(own: 
     sampler = HFSampler(str(own / "policy"), tokenizer, eos, "float32", "cpu", 1)
     ids = torch.tensor(tokenizer("x答え")["input_ids"])
     assert len(ids) == 7
-    assert sampler._stopped(ids, OWN_STOP) and not sampler._stopped(ids[:-1], OWN_STOP)
-    assert sampler.may_stop(OWN_STOP)[ids[-1]]
+    stop = OWN_STOP[1:]
+    assert sampler._stopped(ids, stop) and not sampler._stopped(ids[:-1], stop)
+    assert sampler.may_stop(stop)[ids[-1]]
     assert not sampler.may_stop(STOP)[ids[-1]]
 
 
