@@ -37,8 +37,8 @@ echo received $(nsenter --net=/run/netns/host0 grep wire /proc/net/dev)
 """
 TWO_HOSTS = [*ISOLATED, HOSTS + TORCHRUN, "sh"]  # to be followed by the program and its flags
 
-# Slurm's programs, as far as scripts/slurm.sh calls them: `srun` starts a command on both hosts, and
-# signals it on both, as Slurm does before the time limit, when the file `signal` appears.
+# Slurm's programs, as far as scripts/slurm.sh calls them. `srun` starts a command on both hosts.
+# When the file `signal` appears, it signals both, as Slurm does before the time limit.
 SRUN = """#!/bin/bash
 while [ "$1" != bash ]; do shift; done
 for n in 0 1; do
@@ -52,16 +52,15 @@ done
 wait ${hosts[1]} || exit
 wait ${hosts[0]}
 """
-PROGRAMS = {"srun": SRUN, "squeue": "echo RUNNING", "scontrol": 'echo "$@" > said'}
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_NNODES": "2",
-    "SLURM_GPUS_ON_NODE": "1",
-    "SLURM_CPUS_ON_NODE": "1",
-    "SLURMD_NODENAME": "10.77.0.0",
-    "GLOO_SOCKET_IFNAME": "wire",
-    "PYTHON": sys.executable,
+PROGRAMS = {
+    "srun": SRUN,
+    "squeue": "#!/bin/sh\necho RUNNING\n",
+    "scontrol": '#!/bin/sh\necho "$@" > said\n',
 }
+SLURM = f"""
+SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_GPUS_ON_NODE=1 SLURM_CPUS_ON_NODE=1 SLURMD_NODENAME=10.77.0.0
+GLOO_SOCKET_IFNAME=wire PYTHON={sys.executable}
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +81,16 @@ def received(folder: Path) -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def cluster(tmp_path: Path) -> list[str]:
     """The command that runs scripts/slurm.sh as a job on both hosts."""
     for name, text in PROGRAMS.items():
-        (tmp_path / name).write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "train.py").symlink_to(TRAIN)
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    variables = [*SLURM, f"PATH={tmp_path}:{os.environ['PATH']}"]
     script = TRAIN.parent / "scripts" / "slurm.sh"
-    return [*ISOLATED, f'{HOSTS} cd {tmp_path}; shift; {script} "$@"', "sh"]
+    run = f'{HOSTS} cd {tmp_path}; shift; {script} "$@"'
+    return ["env", *variables, *ISOLATED, run, "sh"]
 
 
 def test_a_job_of_two_hosts_stops_and_goes_on(
@@ -111,10 +109,8 @@ def test_a_job_of_two_hosts_stops_and_goes_on(
     assert saved == job.steps() < 4
     again = start(cluster, flags, "job", *more)
     same(again.finish(), whole)
-    assert (
-        f"going on from {again.folder / 'checkpoints' / f'step-{saved}'}"
-        in again.output.read_text()
-    )
+    resumed_from = again.folder / "checkpoints" / f"step-{saved}"
+    assert f"going on from {resumed_from}\n" in again.output.read_text()
 
 
 def test_two_hosts_train_as_one(flags: list[str]) -> None:

@@ -129,7 +129,7 @@ def test_progress_counts_packages_and_passes_the_status_on(
     assert progress.run("3/5 packages", command, tmp_path) == status
     title, *lines, last = capsys.readouterr().out.splitlines()
     assert title == "3/5 packages"
-    assert any("installing 1 of 2 packages, 0 s" in line for line in lines)
+    assert any(re.search(r"installing 1 of 2 packages, \d+ s", line) for line in lines)
     assert last.startswith("     failed, " if status else "     done, ")
     assert ("Collecting b==1" in lines) == bool(status)
 
