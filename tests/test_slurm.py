@@ -23,7 +23,7 @@ def submit(folder: Path, **variables: str) -> int:
     for name, text in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    slurm = {"JOB_ID": "10007", "NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_ON_NODE": "64"}
+    slurm = {"JOB_ID": "12345", "NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_ON_NODE": "64"}
     env = {f"SLURM_{name}": value for name, value in slurm.items()} | variables
     env |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURMD_NODENAME": "node3", "PYTHON": "stub"}
     command = ["bash", str(ROOT / "scripts" / "slurm.sh"), "--name", "two words"]
@@ -46,7 +46,7 @@ def test_a_stopped_job_is_queued_again(
     assert submit(tmp_path, RUN=run, STATE=state) == status
     said = tmp_path / "scontrol.txt"
     assert said.exists() == requeued
-    assert not requeued or said.read_text() == "requeue 10007\n"
+    assert not requeued or said.read_text() == "requeue 12345\n"
 
 
 def test_each_node_starts_torchrun(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_each_node_starts_torchrun(tmp_path: Path) -> None:
     assert options.pop("--nproc-per-node") == "8"
     assert options == {
         "--master-addr": "node3",
-        "--master-port": "20007",
+        "--master-port": "22345",
         "--shutdown-timeout": "540",
     }
 
