@@ -479,7 +479,7 @@ def _draw_forest(axes: "Axes", rows: Sequence[Row], xlabel: str, margin: float) 
     for i, (_, mean, low, high) in enumerate(rows):
         error = [[mean - low], [high - mean]]
         axes.errorbar(mean, i, xerr=error, color="#1f4e9c", marker="s", capsize=3)
-        numbers = f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]".replace("-", "−")
+        numbers = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
         axes.text(1.03, i, numbers, transform=axes.get_yaxis_transform(), va="center", size=8)
     axes.set_yticks(range(len(rows)), [textwrap.fill(label, 36) for label, *_ in rows])
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
