@@ -8,7 +8,8 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               rollouts.jsonl   some responses of every step, a few of them token by token
               rollouts/        all of them, token ids included, with --save-rollouts
               checkpoints/     what --resume continues from
-              tensorboard/     the metrics again, as events
+              tensorboard/     the metrics again, as events; see reports/trackers.py
+              track-*.json     what W&B and Trackio have got of the run; wandb/  W&B's own files
               *.png            figures (reports/figures.py)
               report.html      everything to look at, in one page (reports/page.py)
               policy/ critic/  Hugging Face folders; *.earlier: of a training that goes on
@@ -56,6 +57,7 @@ from checkpoint import (
 )
 from curation.files import progress_bar, write_atomically
 from reports.metrics import PROBLEMS, SETTINGS, comparable, heldout_metrics
+from reports.trackers import Tracked, Trackers
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
 
@@ -75,6 +77,7 @@ COLUMNS = {  # metric → (heading, width, format)
 # Settings that decide what an evaluation measures; a resumed run may change them.
 EVALUATED_WITH = """reward require_boxed grader_seconds temperature top_p response_tokens
     template""".split()
+UNFINISHED = ("config.json.*.tmp", "track-*.json.*.tmp")  # of a process that was killed
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files that grow
 
 
@@ -82,7 +85,7 @@ RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files 
 OUTPUTS = """
     checkpoints policy policy.earlier policy.partial critic critic.earlier critic.partial
     metrics.jsonl evaluations.jsonl rollouts.jsonl heldout-*.jsonl failed-step-*.jsonl rollouts
-    tensorboard summary.json report.html *.png *.svg
+    tensorboard track-*.json* wandb summary.json report.html *.png *.svg
 """.split()
 REMOVED = ".removed"  # what is being deleted is moved into this folder first
 _locks: dict[Path, int] = {}  # run folder → open file descriptor that locks it
@@ -227,15 +230,14 @@ class RunLog:
 
     def _start_folder(self, resume_from: Checkpoint | None) -> None:
         """Clear what --overwrite gave up, write config.json, and restore a checkpoint's records."""
-        from torch.utils.tensorboard import SummaryWriter
-
         origin = resume_from.path.parent.parent if resume_from else None
         same_run = origin is not None and origin.resolve() == self.folder.resolve()
         if not same_run:
             clear_folder(self.folder)
-        for leftover in (*self.folder.glob("config.json.*.tmp"), self.folder / REMOVED):
+        unfinished = [p for pattern in UNFINISHED for p in self.folder.glob(pattern)]
+        for leftover in (*unfinished, self.folder / REMOVED):
             remove_tree(leftover)
-        self._write_config()
+        settings = self._write_config()
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         if self.config.save_rollouts:
             (self.folder / "rollouts").mkdir(exist_ok=True)
@@ -247,17 +249,19 @@ class RunLog:
             self._restore_spent(resume_from)
         if same_run:
             self._pass_over_later_results(resume_from)
-        events = self.folder / "tensorboard"
-        with self._writing(events):
-            self.events = SummaryWriter(str(events), purge_step=self.first_step or None)
+        run = Tracked(self.folder, self.config.name, settings, self.first_step)
+        self.trackers = Trackers(self.config.track, run, self._warn)
 
-    def _write_config(self) -> None:
+    def _write_config(self) -> dict[str, Any]:
+        """Write config.json; returns what it says."""
         described = asdict(self.config)
         described |= {"versions": versions(), "machine": platform.platform()}
         described |= {"revision": revision()}
         path = self.folder / "config.json"
         with self._writing(path):
-            write_atomically(path, [json.dumps(described, indent=1, default=str) + "\n"])
+            text = json.dumps(described, indent=1, default=str)
+            write_atomically(path, [text + "\n"])
+        return json.loads(text)
 
     def _restore_records(self, resume_from: Checkpoint, origin: Path, same_run: bool) -> None:
         """The records up to the checkpoint, of this run or of the one it branches off from. They
@@ -321,23 +325,22 @@ class RunLog:
         if not self.writes:
             return
         try:
-            self._finish()
+            self._finish(failed=failure is not None)
         except OSError:
             if failure is None:  # otherwise the error that ends the run is the one to report
                 raise
         finally:
             self._unlock()
 
-    def _finish(self) -> None:
+    def _finish(self, failed: bool) -> None:
         for file in (self.metrics, self.evaluations, self.rollouts):
             with self._writing(Path(file.name)):
                 file.close()
-        with self._writing(self.folder / "tensorboard"):
-            self.events.close()
         spent = self.spent()
         path = self.folder / "summary.json"
         with self._writing(path):
             write_atomically(path, [json.dumps(spent, indent=1) + "\n"])
+        self.trackers.close(failed)
         stages = ", ".join(f"{name} {used['seconds']:.1f}" for name, used in self.stages.items())
         self.console.print(
             f"\n{spent['seconds']:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in "
@@ -347,6 +350,9 @@ class RunLog:
     def _unlock(self) -> None:
         """Leave the lock to the process, which holds it until it ends."""
         _locks[self.folder.resolve()] = self.lock
+
+    def _warn(self, line: str) -> None:
+        self.console.print(line, style="bold red", markup=False)
 
     def spent(self) -> dict[str, Any]:
         """Seconds of the run so far, the time before it was resumed included; by stage the seconds
@@ -407,16 +413,18 @@ class RunLog:
         self.seconds = {}
         with self._writing(self.records[0]):
             print(json.dumps(_finite(record)), file=self.metrics, flush=True)
-        self._write_events("", record, step)
         keep = (self.config.keep_rollouts, self.config.keep_tokens)
+        kept = list(transcripts(rollouts, *keep, tokenizer, values, advantages))
         with self._writing(self.records[2]):
-            for kept in transcripts(rollouts, *keep, tokenizer, values, advantages):
-                print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
+            for response in kept:
+                print(json.dumps({"step": step} | response, ensure_ascii=False), file=self.rollouts)
             self.rollouts.flush()
         if self.writes and self.config.save_rollouts:
             path = self.folder / "rollouts" / f"step-{step}.jsonl"
             with self._writing(path):
                 save_rollouts(path, rollouts)
+        if self.writes:
+            self.trackers.step(step, record, kept)
         self._print_line(step, record)
 
     def _print_line(self, step: int, record: dict[str, float]) -> None:
@@ -434,7 +442,7 @@ class RunLog:
         gap = record["logp_gap"]
         if gap > self.config.max_logp_gap:
             warning = f"WARNING: the sampler is off by {gap:.3g} nats per token"
-            self.console.print(warning, style="bold red")
+            self._warn(warning)
         self.progress.advance(self.task)
         self.console.file.flush()  # a line a step, also where the output is a file
 
@@ -450,7 +458,7 @@ class RunLog:
             path = self.folder / f"heldout-{step}.jsonl"
             with self._writing(path):
                 save_rollouts(path, rollouts, with_ids=False)
-        self._write_events("heldout/", metrics, step)
+            self.trackers.evaluation(step, metrics)
         self.console.print(
             f"held-out after {step} steps: accuracy {metrics['reward']:.3f}, "
             f"length {metrics['length']:.1f}, format {metrics['format']:.3f} "
@@ -461,12 +469,6 @@ class RunLog:
         if sets:
             each = ", ".join(f"{name} {value:.3f}" for name, value in sets.items())
             self.console.print(f"  {each}")
-
-    def _write_events(self, prefix: str, record: dict[str, float], step: int) -> None:
-        if self.writes:
-            with self._writing(self.folder / "tensorboard"):
-                for name, value in record.items():
-                    self.events.add_scalar(prefix + name, value, step)
 
     def print_before_after(self) -> None:
         """The closing table: held-out metrics before and after the training, and two problems
