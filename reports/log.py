@@ -80,6 +80,8 @@ EVALUATED_WITH = """reward require_boxed grader_seconds temperature top_p respon
 UNFINISHED = ("config.json.*.tmp", "track-*.json.*.tmp")  # of a process that was killed
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files that grow
 
+BESIDE_METRICS = {"step", "responses", SETTINGS, PROBLEMS}  # in a line of evaluations.jsonl
+
 
 # What a run leaves in its folder beside config.json. Only this is removed when it starts afresh.
 OUTPUTS = """
@@ -251,6 +253,8 @@ class RunLog:
             self._pass_over_later_results(resume_from)
         run = Tracked(self.folder, self.config.name, settings, self.first_step)
         self.trackers = Trackers(self.config.track, run, self._warn)
+        if resume_from:
+            self._track_evaluation_at_checkpoint()
 
     def _write_config(self) -> dict[str, Any]:
         """Write config.json; returns what it says."""
@@ -285,6 +289,15 @@ class RunLog:
             differs.append(f"{name} {then} → {now}{reason}")
         suffix = f" with {', '.join(differs)}" if differs else ""
         self.console.print(f"going on from {resume_from.path}{suffix}", markup=False)
+
+    def _track_evaluation_at_checkpoint(self) -> None:
+        """The evaluation after the checkpoint's last step has the number of the step that comes
+        next: TensorBoard has purged it, and a tracker that is new begins with it."""
+        lines = self.records[1].read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {"step": None}
+        if last["step"] == self.first_step:
+            metrics = {name: last[name] for name in last.keys() - BESIDE_METRICS}
+            self.trackers.evaluation(self.first_step, dict(sorted(metrics.items())))
 
     def _restore_spent(self, resume_from: Checkpoint) -> None:
         """The time that the run had taken at the checkpoint. Early versions did not record it: then
