@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,40 @@ def test_wandb_without_a_login_is_refused_early(monkeypatch: pytest.MonkeyPatch)
     wandb.teardown()
     require_login(["wandb"])
     require_login(["tensorboard"])
+
+
+DIES = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from reports.trackers import Tracked, Trackers
+
+both = Trackers(["wandb"], Tracked(Path(sys.argv[1]), "x", {}, 0), print)
+both.step(0, {"step": 0, "reward": 1.0}, [])
+command = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+children = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+(core,) = [int(line.split()[0]) for line in children if "wandb-core" in line]
+os.kill(core, signal.SIGKILL)
+os.waitpid(core, 0)
+for step in range(1, 100):
+    both.step(step, {"step": step, "reward": 1.0}, [])
+both.close(failed=False)
+print("goes on")
+"""
+
+
+def test_wandb_may_die(tmp_path: Path) -> None:
+    """Its own process may be killed, as by a lack of memory."""
+    pytest.importorskip("wandb")
+    quiet = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=Path(trackers.__file__).parent.parent,
+        env=os.environ | quiet,
+    )
+    assert done.returncode == 0, done.stderr
+    warning, last = done.stdout.splitlines()
+    assert warning.startswith("WARNING: --track wandb failed (")
+    assert warning.endswith("; the run goes on without it")
+    assert last == "goes on"
