@@ -282,15 +282,15 @@ def test_one_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Mo
     both.close(failed=False)
 
 
-def test_only_the_first_rank_tracks(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise AssertionError("tracked")
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr("reports.log.Trackers", fails)
-    with RunLog(Path("absent"), Config()) as log:
+    with RunLog(tmp_path / "absent", Config()) as log:
         log.evaluation(0, {"reward": 0.0, "length": 1.0, "format": 0.0}, [])
-    assert not Path("absent").exists()
+    assert not (tmp_path / "absent").exists()
 
 
 def test_what_cannot_track_is_refused_early(
@@ -349,12 +349,13 @@ def test_wandb_may_die(tmp_path: Path) -> None:
     """Its own process may be killed, as by a lack of memory."""
     pytest.importorskip("wandb")
     quiet = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    other = ("WANDB_SERVICE",)  # the process of this one's runs
     done = subprocess.run(
         [sys.executable, "-c", DIES, tmp_path],
         capture_output=True,
         text=True,
         cwd=Path(trackers.__file__).parent.parent,
-        env=os.environ | quiet,
+        env={k: v for k, v in os.environ.items() if k not in other} | quiet,
     )
     assert done.returncode == 0, done.stderr
     warning, last = done.stdout.splitlines()
