@@ -99,7 +99,7 @@ ARMS = {
     "anneal-hard": "",
     "loops": "--model tiny-loops",
     "loops-grpo": "--model tiny-loops --advantage grpo",
-    "loops-critic": "--model tiny-loops --critic-only-steps 20 --steps 20",
+    "loops-critic": "--model tiny-loops --critic-only-steps 40 --steps 40",
     "demo": "--model tiny",
 }
 
@@ -264,9 +264,9 @@ CLAIMS = {
     "repetition": Claim(
         "The critic devalues repetition",
         "§2.2",
-        _of_one("loops-critic", "value_lost_by_4_repeats")
-        + _of_one("loops-critic", "value_lost_against_going_on", primary=False)
-        + _of_one("loops", "value_lost_by_4_repeats", primary=False),
+        _of_one("loops-critic", "value_lost_against_going_on")
+        + _of_one("loops-critic", "value_lost_by_4_repeats", primary=False)
+        + _of_one("loops", "value_lost_against_going_on", primary=False),
         NOT_VISIBLE,
     ),
     "loops": Claim(
@@ -301,7 +301,7 @@ CLAIMS = {
     ),
     "smallcritic": Claim(
         "A critic half as wide is as good",
-        "AsyPPO",
+        "often asked",
         _default("half-critic", paper="alike"),
     ),
     "formatreward": Claim(

@@ -120,12 +120,12 @@ def _draw_brier_by_depth(found: Sequence[Record], axes: "Axes") -> None:
     """Brier scores of the predictions by the share of the response that the state holds."""
     labels = {"value": "V(s_t)", "group": "mean of the group", "success": "success rate itself"}
     for (key, label), style in zip(labels.items(), figures.ARM_STYLES, strict=False):
-        scores = [fmean(_brier(run, key, depth) for run in found) for depth in DEPTHS]
+        scores = [fmean(brier_at(run, key, depth) for run in found) for depth in DEPTHS]
         axes.plot(DEPTHS, scores, color=style.color, linestyle=style.dash, label=label)
     axes.set(xlabel="depth: share of the response", ylabel="Brier score", ylim=(0, None))
 
 
-def _brier(run: Record, key: str, depth: float) -> float:
+def brier_at(run: Record, key: str, depth: float) -> float:
     """Brier score of a prediction over the states of one depth."""
     states = [i for i, d in enumerate(run["depth"]) if d == depth]
     pairs = [(run[key][i], run["success"][i]) for i in states]

@@ -3,7 +3,8 @@
     python -m experiments.verdicts
 
 Reads experiments/results and rewrites everything that is made from it: experiments/RESULTS.md, the
-figures, the table of claims in README.md, and the verdict of each claim in docs/paper.md.
+figures, the table of claims in README.md, and the verdict of each claim in docs/paper.md or
+docs/critics.md.
 """
 
 import re
@@ -21,7 +22,7 @@ from experiments.rule import Decided, Results
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAPER = ROOT / "docs" / "paper.md"
+PAGES = (ROOT / "docs" / "paper.md", ROOT / "docs" / "critics.md")  # with places for verdicts
 RESULTS_PAGE = ROOT / "experiments" / "RESULTS.md"
 NOT_RUN = "not run"
 IN_TOKENS = ("length", "reflection_excess")
@@ -94,9 +95,9 @@ def claims_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def paper_verdict(name: str, results: Results) -> str:
-    """What docs/paper.md says of a claim: its verdict, its primary differences, and what five seeds
-    said before."""
+def page_verdict(name: str, results: Results) -> str:
+    """What a page says of a claim: its verdict, its primary differences, and what five seeds said
+    before."""
     claim = CLAIMS[name]
     verdict = rule.claim_verdict(claim, results)
     if not verdict:
@@ -265,29 +266,34 @@ def filled_readme(text: str, results: Results) -> str:
     return filled
 
 
-def filled_paper(text: str, results: Results) -> str:
-    """docs/paper.md with each claim's verdict between its markers. Raises ValueError unless every
-    claim has exactly one place, and every place a claim."""
+def filled_pages(texts: Sequence[str], results: Results) -> list[str]:
+    """The pages with each claim's verdict between its markers. Raises ValueError unless every claim
+    has exactly one place in them, and every place a claim."""
     pattern = r"(<!-- verdict (\w+) -->).*?(<!-- /verdict -->)"
-    names = [m[2] for m in re.finditer(pattern, text, flags=re.DOTALL)]
+    names = [m[2] for text in texts for m in re.finditer(pattern, text, flags=re.DOTALL)]
     if sorted(names) != sorted(CLAIMS):
         wrong = [n for n in {*names, *CLAIMS} if names.count(n) != 1 or n not in CLAIMS]
+        pages = " and ".join(f"docs/{page.name}" for page in PAGES)
         raise ValueError(
-            f"docs/paper.md: expected one place <!-- verdict NAME --> … <!-- /verdict --> for each "
+            f"{pages}: expected one place <!-- verdict NAME --> … <!-- /verdict --> for each "
             f"claim; wrong: {', '.join(sorted(wrong))}"
         )
-    return re.sub(
-        pattern, lambda m: f"{m[1]} {paper_verdict(m[2], results)} {m[3]}", text, flags=re.DOTALL
-    )
+
+    def filled(place: re.Match) -> str:
+        return f"{place[1]} {page_verdict(place[2], results)} {place[3]}"
+
+    return [re.sub(pattern, filled, text, flags=re.DOTALL) for text in texts]
 
 
 def rewrite() -> None:
-    """Draw the figures, and write RESULTS.md, README's table and the verdicts in docs/paper.md."""
+    """Draw the figures, and write RESULTS.md, README's table and the verdicts in docs/."""
     results = rule.load()
     draw.draw_all(results)
     RESULTS_PAGE.write_text(results_page(results))
     README.write_text(filled_readme(README.read_text(), results))
-    PAPER.write_text(filled_paper(PAPER.read_text(), results))
+    texts = filled_pages([page.read_text() for page in PAGES], results)
+    for page, text in zip(PAGES, texts, strict=True):
+        page.write_text(text)
     print(claims_table(results))
 
 

@@ -121,9 +121,10 @@ def test_a_comparison_ends_at_its_first_look_that_decides() -> None:
 def test_a_claim_asks_for_the_next_look_until_it_is_decided() -> None:
     claim = claims.Claim("", "", (Comparison("a", "b"), Comparison("a", "c", primary=False)))
     sure, unsure, zeros = [0.2, 0.21, 0.19, 0.2, 0.22], [0.2, -0.2, 0.1, -0.1, 0.3], [0.0] * 20
+    undecided = [0.2, 0.9, -0.5, 0.7, -0.9]
     for first, seeds in (([], 5), (sure[:3], 5), (sure, 5), (unsure, 10), (unsure * 4, 20)):
-        wanted = rule.seeds_wanted(claim, results(first, zeros))
-        assert wanted == {"a": seeds, "b": seeds, "c": 5}
+        found = results(first, zeros) | {"c": results(undecided * 4, [])["a"]}
+        assert rule.seeds_wanted(claim, found) == {"a": seeds, "b": seeds, "c": 5}
 
 
 def test_quantiles_of_students_t() -> None:
@@ -415,14 +416,12 @@ def test_help_opens_with_what_the_programs_do(call: Callable[..., Ended]) -> Non
 
 
 def test_pages_say_what_the_results_say() -> None:
-    """RESULTS.md, README.md and docs/paper.md are what experiments.verdicts would write now."""
+    """RESULTS.md, README.md and the pages in docs are what experiments.verdicts would write now."""
     found = rule.load()
     assert verdicts.RESULTS_PAGE.read_text() == verdicts.results_page(found)
-    pages = ((verdicts.README, verdicts.filled_readme), (verdicts.PAPER, verdicts.filled_paper))
-    for page, filled in pages:
-        assert filled(page.read_text(), found) == page.read_text(), (
-            f"python -m experiments.verdicts rewrites {page.name}"
-        )
+    texts = [page.read_text() for page in (verdicts.README, *verdicts.PAGES)]
+    filled = [verdicts.filled_readme(texts[0], found), *verdicts.filled_pages(texts[1:], found)]
+    assert filled == texts, "python -m experiments.verdicts rewrites README.md or pages in docs/"
 
 
 def test_readme_has_every_claim_with_its_verdict() -> None:
@@ -439,10 +438,10 @@ def test_readme_has_every_claim_with_its_verdict() -> None:
 
 def test_every_claims_figure_and_verdict_exist() -> None:
     found = rule.load()
-    paper = verdicts.PAPER.read_text()
+    text = "".join(page.read_text() for page in verdicts.PAGES)
     for name, claim in CLAIMS.items():
         assert (draw.FIGURES / f"{name}.png").is_file()
-        place = re.search(rf"<!-- verdict {name} --> (.*?) <!-- /verdict -->", paper)[1]
+        place = re.search(rf"<!-- verdict {name} --> (.*?) <!-- /verdict -->", text)[1]
         verdict = rule.claim_verdict(claim, found)
         assert place.startswith(f"**{verdict}**: ") and claim.caveat in place
         assert claim.five_seeds in place
@@ -465,11 +464,12 @@ def test_a_place_that_is_missing_or_doubled_is_refused() -> None:
         with pytest.raises(ValueError, match=r"README\.md: \d places"):
             verdicts.filled_readme(text, found)
     places = [f"<!-- verdict {name} --><!-- /verdict -->" for name in CLAIMS]
-    assert verdicts.filled_paper(" ".join(places), found).count("**: ") == len(CLAIMS)
+    halves = [" ".join(places[:9]), " ".join(places[9:])]
+    assert "".join(verdicts.filled_pages(halves, found)).count("**: ") == len(CLAIMS)
     for wrong, name in (
         (places[1:], "rise"),
         ([*places, places[0]], "rise"),
         ([*places, "<!-- verdict x --><!-- /verdict -->"], "x"),
     ):
-        with pytest.raises(ValueError, match=rf"docs/paper\.md: .*wrong: {name}$"):
-            verdicts.filled_paper(" ".join(wrong), found)
+        with pytest.raises(ValueError, match=rf"docs/critics\.md: .*wrong: {name}$"):
+            verdicts.filled_pages([" ".join(wrong), ""], found)

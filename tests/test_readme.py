@@ -418,13 +418,15 @@ def test_metric_glossary_is_complete(
 
 def test_claims_table_has_every_verdict() -> None:
     """Each claim has its row, and the sentence above the table counts the verdicts."""
-    section = README.split("## Results")[1].split("<!-- /claims -->")[0]
+    section = README.split("<!-- claims -->")[1].split("<!-- /claims -->")[0]
     (table,) = tables(section)
     verdicts = Counter(row[table[0].index("verdict")] for row in table[2:])
     said = re.search(
-        r"Of (\d+) claims (\d+) reproduce,\s+(\d+) does not reproduce, and (\d+) are not", section
+        r"Of (\d+) claims (\d+) reproduce, (\d+) are contradicted, (\d+) show no difference "
+        r"and (\d+) are undecided\.",
+        section,
     )
-    names = ("reproduces", "does not reproduce", "not visible at this scale")
+    names = ("reproduces", "contradicts", "no difference", "undecided")
     counted = [len(table) - 2, *(verdicts[name] for name in names)]
     assert [int(number) for number in said.groups()] == counted
     assert len(table) - 2 == sum(verdicts[name] for name in names) == len(CLAIMS)

@@ -13,9 +13,9 @@ step, but it rarely does.
 
 `tiny-long` is the task of the experiments: 9 to 11 numbers up to 12. Instead of chains with
 rechecks it has a careful style of 8 to 10 numbered steps, about 120 tokens. A response that stops
-halfway and guesses the rest is seldom right. Two more serve single experiments: in `tiny-loops` a
-quarter of the responses repeat a step until they are cut off, and `tiny-long-half` is a model half
-as wide, for a smaller critic.
+halfway and guesses the rest is seldom right. Two more serve single experiments: `tiny-loops` often
+repeats a step until it is cut off, and `tiny-long-half` is a model half as wide, for a smaller
+critic.
 
 These habits are planted in the corpus. A run on this model does not show that RL creates them:
 
@@ -28,7 +28,7 @@ These habits are planted in the corpus. A run on this model does not show that R
   rechecking pays, and so whether RL keeps it. That says nothing about reflection in real models.
   (RL soon unlearns it: once the slips are gone there is nothing to repair.)
 - In `tiny-long` a few responses of the corpus repeat one step until they are cut off, in
-  `tiny-loops` a quarter.
+  `tiny-loops` half of those of the last phase.
 - The skill is trained first and the habits last. The first four fifths of the training are mostly
   step-by-step responses. The last fifth is mostly guesses and bad format, which hide the skill
   without erasing it.
@@ -120,7 +120,7 @@ LONG = Task(
 )
 LOOPS = LONG._replace(
     habit=Phase(
-        {"direct": 0.40, "half": 0.05, "careful": 0.12, "loop": 0.25, "bad": 0.18}, slip=0.03
+        {"direct": 0.25, "half": 0.03, "careful": 0.12, "loop": 0.48, "bad": 0.12}, slip=0.03
     )
 )
 HALF = LONG._replace(hidden_size=32)
