@@ -526,6 +526,21 @@ def load_checkpoint(resume_from: Checkpoint | None, trained: Trained) -> int:
     return resume_from.about["step"]
 
 
+def load_weights(saved: Checkpoint, role: str, module: torch.nn.Module) -> None:
+    """Give a model, in one process, the weights that a checkpoint has of its role, and no optimizer
+    state. Raises OSError when they cannot be read, or when the run has removed the checkpoint
+    meanwhile."""
+    weights = {f"{role}/{name}": p.detach() for name, p in module.named_parameters()}
+    try:
+        (saved.path / ".metadata").stat()  # where it is gone, dcp would print a traceback
+        dcp.load(weights, checkpoint_id=saved.path, no_dist=True)
+    except (CheckpointException, OSError) as error:
+        why = _cause(error)
+        if not saved.path.exists():
+            why = "the run has removed it meanwhile; call again for a newer one"
+        raise OSError(f"{saved.path} cannot be loaded ({why})") from error
+
+
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 CHUNK = 2**24  # bytes that are read at once
@@ -569,11 +584,13 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     generation: GenerationConfig | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a policy or critic as a Hugging Face folder: weights (safetensors) and the buffers that
-    belong to them, configuration, tokenizer with chat template and, for a policy, generation
-    settings; transformers and, for a policy, vLLM load it. Weights are gathered to rank 0, which
-    writes to a temporary folder and renames it: `folder` is never half a model."""
+    belong to them, configuration, tokenizer with chat template, for a policy generation settings,
+    and the texts `files` by name; transformers and, for a policy, vLLM load it. Weights are
+    gathered to rank 0, which writes to a temporary folder and renames it: `folder` is never half a
+    model."""
     stored = dict(module.model.named_parameters())
     persistent = module.model.state_dict().keys()
     stored |= {name: b for name, b in module.model.named_buffers() if name in persistent}
@@ -591,16 +608,43 @@ def export_model(
     try:
         module.model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     except Exception as error:
         remove_tree(temporary)
         # safetensors and tokenizers report a full disk by exceptions of their own.
         if isinstance(error, OSError) or "os error" in str(error):
-            left = newest_complete(folder.parent / "checkpoints")
-            raise OSError(f"{folder} could not be written ({_cause(error)}); {left}") from error
+            saved = folder.parent / "checkpoints"
+            left = f"; {newest_complete(saved)}" if saved.exists() else ""
+            raise OSError(f"{folder} could not be written ({_cause(error)}){left}") from error
         raise
     move_export_aside(folder)
     temporary.rename(folder)
     remove_tree(earlier(folder))
+
+
+def generation_settings(
+    config: Any, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
+) -> GenerationConfig:
+    """The generation settings of an exported policy: those it was sampled with.
+
+    Stop strings are not among them: with them `generate` would need the tokenizer at every call,
+    and raise without it. What can be said without them is said: a token that holds a whole stop
+    string ends a sequence, as the end-of-sequence tokens do. Most tokenizers have none; the tiny
+    model's has ` </answer>`.
+    """
+    token_ids = [[i] for i in range(len(tokenizer))]
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=False)
+    stops = [i for i, text in enumerate(texts) if any(stop in text for stop in config.stop)]
+    return GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_new_tokens=config.response_tokens,
+        eos_token_id=sorted({*eos, *stops}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def earlier(folder: Path) -> Path:

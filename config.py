@@ -35,6 +35,8 @@ Minutes = Annotated[float, Range(0, 365 * 24 * 60, above=True)]
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 STOP = ("User:", "Human:", "Assistant:", "</answer>")  # §3.1; a response is over after </answer>
+STOP_LENGTH = 100  # characters of a stop string: as many tokens are searched for it
+TEMPLATES = ("authors", "paper")  # the texts are in data.py
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,12 @@ class SamplingSettings:
     response_tokens: Count = 8000
     """Longest response; one that reaches it is truncated and gets reward 0 (authors' code: 8,000;
     32B: 16k context)."""
-    template: Literal["authors", "paper"] = "authors"
-    """Prompt wording: the one the released models were trained with, or the paper's Table 1."""
+    template: str = "authors"
+    """Prompt: authors, the wording the released models were trained with; paper, its Table 1; or a
+    text file of your own that has {question} once."""
+    stop: tuple[str, ...] = STOP
+    """Strings that end a response, which includes them (§3.1); none: only the end-of-sequence
+    token ends it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the sampler; auto: bfloat16 on a GPU, float32 elsewhere. The trainer's weights
     are always float32."""
@@ -69,7 +75,7 @@ class SamplingSettings:
     @property
     def sampling(self) -> Sampling:
         """These settings as a request to a sampler."""
-        return Sampling(self.response_tokens, self.temperature, self.top_p)
+        return Sampling(self.response_tokens, self.temperature, self.top_p, self.stop)
 
 
 @dataclass(frozen=True)
@@ -285,14 +291,16 @@ TINY: dict[str, Any] = {
     "threads": 1,
 }
 LONG_MODELS = ("tiny-long", "tiny-loops", "tiny-long-half")
+TASK_MODELS = ("tiny", *LONG_MODELS)  # those of toy/tiny.py, which bring their problems
 TINY_LONG = TINY | {"steps": 40, "prompts": 16, "response_tokens": 192}
 PRESETS = QWEN | {"tiny": TINY} | dict.fromkeys(LONG_MODELS, TINY_LONG)
 
 
 def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -> Config:
     """Command line → Config: first the preset of `--model`, then the flags given. An unknown flag
-    is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id.
-    `description` and `prog`, the name of the program, are for --help and errors."""
+    is an error that names the nearest one; a bare size such as Qwen2.5-7B becomes its hub id, and
+    the name of a template file its text. `description` and `prog`, the name of the program, are for
+    --help and errors. Raises ValueError for a template that cannot be read."""
     import tyro  # here, because those who only import this module may be without it
 
     model = _flag(argv, "model") or "tiny"
@@ -300,7 +308,54 @@ def parse(argv: Sequence[str], description: str = "", prog: str | None = None) -
     default = Config(**{"model": model} | preset)
     cfg = tyro.cli(Config, args=list(argv), default=default, description=description, prog=prog)
     name = cfg.name or f"{Path(cfg.model).name}-seed{cfg.seed}"
-    return replace(cfg, model=hub_id(cfg.model), critic_model=hub_id(cfg.critic_model), name=name)
+    cfg = replace(cfg, model=hub_id(cfg.model), critic_model=hub_id(cfg.critic_model), name=name)
+    return replace(cfg, template=read_template(cfg.template))
+
+
+def read_template(template: str) -> str:
+    """What --template names: `authors` and `paper` as they are, otherwise the text of the file. One
+    newline at its end is left out, since editors add it. What holds {question} is such a text
+    already, that of an earlier call.
+
+    Raises ValueError when there is no such file, and when its text has not {question} once.
+
+    >>> read_template("paper"), read_template("Q: {question} A:")
+    ('paper', 'Q: {question} A:')
+    """
+    if template in TEMPLATES:
+        return template
+    text = template
+    if "{question}" not in template:
+        expected = "expected authors, paper or a text file"
+        try:
+            text = Path(template).read_text(encoding="utf-8-sig").removesuffix("\n")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name of a file
+            why = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ValueError(f"--template {template!r}: {expected} ({why})") from None
+    count = text.count("{question}")
+    if count != 1:
+        shown = template if text != template else f"{template!r:.60}"
+        raise ValueError(f"--template {shown}: has {{question}} {count} times; expected it once")
+    return text
+
+
+def validate_stop(stop: Sequence[str], template: str) -> None:
+    """Refuse strings that cannot end a response to a prompt of this `template`, a text: ValueError
+    with the string and what to change."""
+    for i, text in enumerate(stop):
+        why = ""
+        if not text.strip():
+            why = "is empty or blank, which would end a response where it has hardly begun"
+        elif len(text) > STOP_LENGTH:
+            why = f"has {len(text)} characters; expected at most {STOP_LENGTH}"
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            why = "is not text in UTF-8"
+        elif text in stop[:i]:
+            why = "is there twice; name it once"
+        elif template.partition("{question}")[2].rstrip().endswith(text.rstrip()):
+            why = "stands at the end of the template, before every response; pass --stop without it"
+        if why:
+            raise ValueError(f"--stop {text!r:.80}: {why}")
 
 
 def validate_ranges(settings: Any) -> None:

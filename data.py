@@ -3,14 +3,18 @@
 file or hub ──load──▶ [Problem] ──tokenize──▶ [Problem with prompt_ids] ──take──▶ a step's problems
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
+from config import STOP
 from curation import formats
 
 # The wording the released models were trained with. The paper's Table 1 differs in a few words
@@ -41,6 +45,12 @@ TABLE_1 = (
     "Assistant: <think>"
 )
 TEMPLATES = {"authors": TEMPLATE, "paper": TABLE_1}
+PROMPT_FILE = "prompt.json"  # in a model folder: what the model was trained with, a TrainedPrompt
+# What the chat template of an export says to any other conversation.
+ONE_QUESTION = (
+    "this model was trained with one prompt: pass one user message of text, without a system "
+    "message and without earlier turns"
+)
 ENCODED_AT_ONCE = 1024  # prompts that the tokenizer takes together, which lets it use all cores
 
 
@@ -64,6 +74,53 @@ class Problem:
     tests: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
 
+class TrainedPrompt(NamedTuple):
+    """The prompt that a model was trained with: a template (its name or its text), and the stop
+    strings."""
+
+    template: str = "authors"
+    stop: tuple[str, ...] = STOP
+
+
+def template_text(template: str) -> str:
+    """The text of a template that has a name; a text unchanged."""
+    return TEMPLATES.get(template, template)
+
+
+def trained_prompt_file(trained: TrainedPrompt) -> str:
+    """The content of prompt.json, with the template's text."""
+    record = {"template": template_text(trained.template), "stop": list(trained.stop)}
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def trained_prompt(path: str) -> TrainedPrompt | None:
+    """What the prompt.json of a model folder or a hub id says; None where there is no such file.
+    Raises ValueError if it says anything else than `trained_prompt_file` writes, or if the hub
+    fails to send it."""
+    names = ("gated_repo", "missing_entries", "connection_errors")
+    optional = {f"_raise_exceptions_for_{name}": False for name in names}
+    try:
+        found = cached_file(path, PROMPT_FILE, **optional)
+    except Exception as error:  # of the client's network library, which transformers passes on
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--model {path}: its {PROMPT_FILE} cannot be read ({why})") from None
+    if found is None:
+        return None
+    try:
+        record = json.loads(Path(found).read_bytes())
+        template, stop = record["template"], tuple(record["stop"])
+        sound = template.count("{question}") == 1 and all(isinstance(s, str) for s in stop)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"--model {path}: its {PROMPT_FILE} is damaged; expected a template that has "
+            "{question} once, and a list of stop strings"
+        )
+    names_of_texts = {text: name for name, text in TEMPLATES.items()}
+    return TrainedPrompt(names_of_texts.get(template, template), stop)
+
+
 def prompt(question: str, template: str = TEMPLATE) -> str:
     """The template with the question in its place (braces in the question are left alone)."""
     before, after = template.split("{question}")
@@ -72,9 +129,19 @@ def prompt(question: str, template: str = TEMPLATE) -> str:
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE) -> str:
     """The template in the form that tokenizers keep (Jinja): `apply_chat_template` of one user
-    message is the training prompt, so that an exported model is asked the way it was trained."""
+    message is the training prompt, so that an exported model is asked the way it was trained. It
+    refuses system messages, earlier turns and anything but text: the model has seen none of them.
+    """
     before, after = template.split("{question}")
-    return (tokenizer.bos_token or "") + before + "{{ messages[-1]['content'] }}" + after
+    # Literals of Jinja, so that braces and line ends of the template mean themselves.
+    before = json.dumps((tokenizer.bos_token or "") + before, ensure_ascii=False)
+    after = json.dumps(after, ensure_ascii=False)
+    return (
+        "{% if messages | length != 1 or messages[0]['role'] != 'user' "
+        "or messages[0]['content'] is not string %}"
+        f"{{{{ raise_exception({json.dumps(ONE_QUESTION)}) }}}}{{% endif %}}"
+        f"{{{{ {before} + messages[0]['content'] + {after} }}}}"
+    )
 
 
 def load(source: str | Path, name: str = "") -> list[Problem]:

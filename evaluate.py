@@ -7,9 +7,11 @@
     problems ──sample k each──▶ responses ──score──▶ R ──summary──▶ avg@k ± 95 %, pass@k, maj@k, …
                                     └─▶ <out>/<model>/<benchmark>.jsonl   └─▶ results.json there
 
-Template, sampler, stop strings and grader are those of the training. The paper's numbers are avg@16
-(§3.1). It does not state temperature and length; here they are training's, 1 and 8,000 tokens,
-unless told otherwise. A call that was interrupted continues where it stopped when it is made again.
+Sampler and grader are those of the training, and so are template and stop strings: an exported
+folder says what its own were (prompt.json), any other model gets the authors'. The paper's numbers
+are avg@16 (§3.1). It does not state temperature and length; here they are training's, 1 and 8,000
+tokens, unless told otherwise. A call that was interrupted continues where it stopped when it is
+made again.
 """
 
 import hashlib
@@ -39,6 +41,8 @@ import preflight
 from checkpoint import crc32_of_files
 from config import (
     LARGE,
+    STOP,
+    TEMPLATES,
     BatchSettings,
     Config,
     Count,
@@ -55,6 +59,7 @@ from distributed import load_whole
 from grading import sandbox
 from grading.pool import Grader
 from hf_sampler import HFSampler
+from reports.log import in_one_line
 from reports.metrics import mean, rollout_metrics, summary
 from reward import score
 from rollout import (
@@ -88,6 +93,12 @@ class Evaluation(BatchSettings):
     (expected)."""
     samples: Count = 16
     """Responses per problem (§3.1: 16)."""
+    template: str = "auto"
+    """auto: the prompt that the model was trained with, which an exported folder keeps in its
+    prompt.json; without one, authors. Otherwise as for train.py."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response; none: those that the model was trained with, as for
+    --template."""
     limit: CountOrNone = 0
     """Only so many problems of each set, evenly spaced; 0: all."""
     out: str = "evals"
@@ -176,7 +187,7 @@ def run_benchmarks(cfg: Evaluation, grader: Grader, console: Console) -> None:
         _evaluate_model(cfg, model, sets, grader, console)
     console.print(
         f"avg@k ± half the 95 % interval over problems; T = {cfg.temperature:g}, top-p "
-        f"{cfg.top_p:g}, at most {cfg.response_tokens} tokens, {cfg.template}' template"
+        f"{cfg.top_p:g}, at most {cfg.response_tokens} tokens"
     )
     console.print(results_table(_load_results(cfg.out)))
 
@@ -212,6 +223,7 @@ def _check_model_files(cfg: Evaluation, path: str) -> None:
     config = preflight.model_config(path)
     if not uses_vllm(cfg):
         preflight.require_samplable(config, path)
+    preflight.with_prompt(cfg, path)
     preflight.validate_length(cfg.prompt_tokens + cfg.response_tokens, config, path)
     tokenizer = preflight.load_tokenizer(path, config.vocab_size)
     preflight.eos_ids(path, tokenizer, config.vocab_size)
@@ -235,18 +247,19 @@ def _evaluate_model(
 ) -> None:
     path = preflight.model_path(hub_id(model), cfg.seed)
     config = preflight.model_config(path)
+    cfg = preflight.with_prompt(cfg, path)
     tokenizer = preflight.load_tokenizer(path, config.vocab_size)
     eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
     fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
     folder = _folder(cfg, model)
-    settings = asdict(cfg) | {"model": path}
+    settings = asdict(cfg) | {"model": path, "stop": list(cfg.stop)}
     settings["files"] = distributed.on_rank0(lambda: fingerprint(path))
     distributed.on_rank0(lambda: _check_folder(folder, settings, cfg.overwrite))
     prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
     sampler = _open_checked_sampler(cfg, path, tokenizer, eos, prompts)
     distributed.on_rank0(lambda: _prepare_folder(folder, settings, cfg.overwrite))
-    console.print(f"{model}: responses and results in {folder}")
+    console.print(f"{model}: {_described_prompt(cfg)}; responses and results in {folder}")
     for name, problems in fitting.items():
         asked = _Asked(name, problems, sampler, tokenizer)
         rollouts = _answer(cfg, asked, folder / f"{name}.jsonl", grader, console)
@@ -255,6 +268,13 @@ def _evaluate_model(
             result["left_out"] = len(chosen[name]) - len(problems)
             _record(folder / "results.json", name, result)
     sampler.close()
+
+
+def _described_prompt(cfg: Evaluation) -> str:
+    """The prompt of a model in a few words."""
+    named = cfg.template in TEMPLATES
+    template = f"template {cfg.template}" if named else f"template {cfg.template!r:.60}"
+    return template if cfg.stop == STOP else f"{template}, stop strings {list(cfg.stop)}"
 
 
 def _open_checked_sampler(
@@ -329,7 +349,7 @@ def _usable(
 ) -> list[Problem]:
     """The problems with prompts; those that cannot be asked or graded are left out with
     --drop-bad-rows, and refused without."""
-    template = data.TEMPLATES[cfg.template]
+    template = data.template_text(cfg.template)
     fitting = data.tokenize(problems, tokenizer, cfg.prompt_tokens, template, cfg.drop_bad_rows)
     drop = cfg.drop_bad_rows
     return distributed.on_rank0(lambda: preflight.gradable(fitting, grader, drop, name))
@@ -351,6 +371,7 @@ SETTINGS = (
     "drop_bad_rows",
     "response_tokens",
     "template",
+    "stop",
     "require_boxed",
     "grader_seconds",
     "seed",
@@ -383,9 +404,9 @@ def _check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> No
     if not file.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not an evaluation's; pass another --out")
     if file.exists() and not overwrite:
-        # A setting that an earlier version of this program did not keep had no other value; of
-        # the model's files nothing is known then.
-        then = now | {"files": None} | _load_object(file)
+        # An early version of this program had no other stop strings than the paper's, and of the
+        # model's files it kept nothing; any other setting that it did not keep had no other value.
+        then = now | {"files": None, "stop": list(STOP)} | _load_object(file)
         changed = [name for name in SETTINGS if then[name] != now[name]]
         if changed:
             differs = ", ".join(_difference(name, then[name], now[name]) for name in changed)
@@ -398,7 +419,7 @@ def _check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> No
 def _difference(name: str, then: Any, now: Any) -> str:
     """How a setting differs, in a few words."""
     if name != "files":
-        return f"{name} {then} → {now}"
+        return f"{name} {in_one_line(then)} → {in_one_line(now)}"
     if not isinstance(then, dict):
         return "the model's files were not recorded"
     changed = sorted(file for file in {*then, *now} if then.get(file) != now.get(file))

@@ -228,8 +228,11 @@ class HFSampler:
 
     def _may_stop(self, stop: tuple[str, ...]) -> Tensor:
         """Whether a token can end a response, (V,): EOS, or a token that holds the last character
-        of a stop string. Only responses that end in one of these are decoded and searched."""
+        of a stop string, or a part of it. Only responses that end in one of these are decoded and
+        searched."""
         last_characters = {s[-1] for s in stop}
+        if not all(map(str.isascii, last_characters)):
+            last_characters.add("\ufffd")  # what a part of a character is decoded to
         flags = [any(c in last_characters for c in text) for text in self.token_texts]
         # The model's vocabulary may be wider than the tokenizer's.
         flags += [False] * (self.model.config.vocab_size - len(flags))
@@ -239,7 +242,8 @@ class HFSampler:
 
     def _stopped(self, token_ids: Tensor, stop: tuple[str, ...]) -> bool:
         """Whether a response ends here: with EOS, or with a stop string."""
-        tail = token_ids[-max(map(len, stop), default=1) :].tolist()
+        longest = max((len(s.encode()) for s in stop), default=1)  # a token may be one byte
+        tail = token_ids[-longest:].tolist()
         text = self.tokenizer.decode(tail, skip_special_tokens=False)
         return tail[-1] in self.eos or any(s in text for s in stop)
 

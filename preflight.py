@@ -5,10 +5,11 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +27,17 @@ import checkpoint
 import data
 import distributed
 from checkpoint import Checkpoint
-from config import BatchSettings, Config, validate_ranges
+from config import (
+    BatchSettings,
+    Config,
+    SamplingSettings,
+    read_template,
+    validate_ranges,
+    validate_stop,
+)
 from critic import critic_class, value_head
 from curation import formats
-from data import Problem
+from data import Problem, TrainedPrompt
 from grading.pool import Grader
 from packing import attention_windows
 from reports.log import check_folder, claim_folder
@@ -37,6 +45,8 @@ from reports.trackers import require_login, validate_trackers
 from reward import load_custom_reward, score
 from rollout import Rollout, load_rollouts
 from toy import tiny
+
+Settings = TypeVar("Settings", bound=SamplingSettings)
 
 
 class Inputs(NamedTuple):
@@ -75,7 +85,7 @@ def prepare(cfg: Config) -> Inputs:
     files = distributed.on_rank0(lambda: _read_files(cfg, grader))
     vocab_size = model_config(files.model_path).vocab_size
     tokenizer = load_tokenizer(files.model_path, vocab_size)
-    tokenizer.chat_template = data.chat_template(tokenizer, data.TEMPLATES[cfg.template])
+    tokenizer.chat_template = data.chat_template(tokenizer, data.template_text(cfg.template))
     return Inputs(
         model_path=files.model_path,
         tokenizer=tokenizer,
@@ -96,6 +106,7 @@ def validate_settings(cfg: Config) -> None:
     """Refuse settings that cannot work or that would have no effect: ValueError with the flag, its
     value and what to change."""
     validate_numbers(cfg)
+    validate_stop(cfg.stop, data.template_text(cfg.template))
     validate_sampler(cfg)
     ranks = distributed.world_size()
     why = f"does not divide the {ranks} ranks; start with torchrun"
@@ -385,6 +396,7 @@ def _check_model_files(
     require_trainable(config, longest, model_path, with_critic="critic" in cfg.trained_roles)
     tokenizer = load_tokenizer(model_path, config.vocab_size)
     eos_ids(model_path, tokenizer, config.vocab_size)
+    _warn_of_another_prompt(cfg, model_path)
     validate_length(longest, config, model_path)
     critic_config = config
     if cfg.init_critic:
@@ -449,7 +461,7 @@ def _require_same_tokens(
 def _read_problems(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, grader: Grader, source: str, name: str = ""
 ) -> list[Problem]:
-    template = data.TEMPLATES[cfg.template]
+    template = data.template_text(cfg.template)
     problems = data.load(source, name)
     problems = data.tokenize(
         problems, tokenizer, cfg.prompt_tokens, template, drop=cfg.drop_bad_rows
@@ -551,6 +563,29 @@ def gradable(
 def model_path(model: str, seed: int) -> str:
     """Folder or hub id of a model; `tiny` is made on first use."""
     return str(tiny.ensure(seed, name=model)) if model in tiny.TASKS else model
+
+
+def with_prompt(settings: Settings, path: str) -> Settings:
+    """The settings with the template and the stop strings for the model in `path`: those given, and
+    for `--template auto` and no `--stop` those that it was trained with, see `data.trained_prompt`,
+    or the paper's. Raises ValueError for a prompt that cannot be used."""
+    trained = data.trained_prompt(path) or TrainedPrompt()
+    template, stop = settings.template, settings.stop
+    template = trained.template if template == "auto" else read_template(template)
+    stop = trained.stop if stop is None else stop
+    validate_stop(stop, data.template_text(template))
+    return replace(settings, template=template, stop=stop)
+
+
+def _warn_of_another_prompt(cfg: Config, path: str) -> None:
+    """Say so where the model was trained with another prompt than this run's."""
+    trained = data.trained_prompt(path)
+    if trained and trained != (cfg.template, cfg.stop):
+        print(
+            f"WARNING: --model {path} was trained with another prompt, see its {data.PROMPT_FILE}; "
+            "--template and --stop of this run are used",
+            flush=True,
+        )
 
 
 def validate_length(longest: int, config: Any, path: str) -> None:

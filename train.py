@@ -22,13 +22,18 @@ import torch
 import transformers
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import GenerationConfig
 
 import data
 import distributed
 import ppo
-from checkpoint import Checkpoints, Trained, export_model, load_checkpoint
-from config import STOP, Config, parse, validate_ranges
+from checkpoint import (
+    Checkpoints,
+    Trained,
+    export_model,
+    generation_settings,
+    load_checkpoint,
+)
+from config import Config, parse, validate_ranges
 from critic import Critic, load_critic
 from distributed import Sharding
 from gae import (
@@ -42,6 +47,7 @@ from hf_sampler import HFSampler
 from packing import MicroBatch, forward_all_tokens, micro_batches, mini_batches
 from policy import Policy, load_policy
 from preflight import Inputs, prepare, remove_empty
+from reports import card
 from reports.log import RunLog, draw_run
 from reports.metrics import explained_variance, heldout_metrics, mean, rollout_metrics
 from reward import RewardError
@@ -442,22 +448,19 @@ def evaluate_heldout(
 
 
 def save_models(cfg: Config, models: Models, inputs: Inputs, folder: Path) -> None:
-    """Export policy and critic; the policy with the settings it was sampled with."""
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        top_k=0,
-        max_new_tokens=cfg.response_tokens,
-        eos_token_id=inputs.eos,
-        pad_token_id=inputs.tokenizer.pad_token_id,
-        stop_strings=list(STOP),
+    """Export policy and critic with their cards; the policy with the settings it was sampled
+    with."""
+    generation = generation_settings(cfg, inputs.tokenizer, inputs.eos)
+    problems = len(inputs.problems)
+    files = distributed.on_rank0(
+        lambda: card.policy_files(cfg, inputs.model_path, folder, cfg.steps, problems)
     )
     with distributed.on_device(cfg.offload, models.policy):
-        export_model(models.policy, inputs.tokenizer, folder / "policy", generation)
+        export_model(models.policy, inputs.tokenizer, folder / "policy", generation, files)
     if models.critic:
+        files = card.critic_files(cfg, cfg.steps)
         with distributed.on_device(cfg.offload, models.critic):
-            export_model(models.critic, inputs.tokenizer, folder / "critic")
+            export_model(models.critic, inputs.tokenizer, folder / "critic", None, files)
 
 
 ONE_LINE = (Refusal, RewardError, FloatingPointError, OSError)  # says all that is to be said
@@ -467,10 +470,10 @@ def main() -> None:
     """Command line. What can be refused before the first step is refused in one line, as is a loss
     that is not finite and a file that cannot be written; any other error keeps its traceback. What
     a reward of your own raises keeps it, too, and the line says so."""
-    cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # the run has its own
     try:
+        cfg = parse(sys.argv[1:], description=__doc__, prog="train.py")
         validate_ranges(cfg)
         if cfg.plan:
             from tools import plan

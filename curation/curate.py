@@ -19,9 +19,10 @@ r"""Make one file of training problems from many sources, as the paper does (§2
 | exact, ngram, embedding | repetitions of an earlier row (curation/dedupe.py) | first version |
 
 `removed.jsonl`, beside the output, holds every removed row with its pass, the reason, and the row
-that it repeats. Of two copies the earlier stays, so give the most trusted sources first. The same
-inputs, flags and seed give the same bytes. The memory holds all rows that pass the rules, each with
-a sketch of half a kilobyte; a JSON list is read as a whole, any other file row by row.
+that it repeats; the card `problems.card.md` says what the file holds and how it was made. Of two
+copies the earlier stays, so give the most trusted sources first. The same inputs, flags and seed
+give the same bytes. The memory holds all rows that pass the rules, each with a sketch of half a
+kilobyte; a JSON list is read as a whole, any other file row by row.
 
 `--rollouts` takes what `train.py --save-rollouts` keeps, or the responses file of an evaluation
 (`heldout-0.jsonl`): JSON lines with question and reward. To get the pass rates of a model, evaluate
@@ -56,7 +57,7 @@ from config import (
     Share,
     validate_ranges,
 )
-from curation import dedupe, filters, formats, synthetic
+from curation import card, dedupe, filters, formats, synthetic
 from curation.dedupe import Overlap, Row, Sketch
 from curation.files import progress_bar, write_all_atomically
 from grading.pool import Grader
@@ -217,10 +218,10 @@ def _check_out(cfg: Recipe) -> None:
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: not a file in a folder that exists and can be written to")
     sources = {Path(source).resolve() for source in (*cfg.inputs, *cfg.against, *cfg.rollouts)}
-    overwritten = {out.resolve(), _removed_path(out).resolve()}
+    overwritten = {path.resolve() for path in (out, _removed_path(out), card.card_path(out))}
     if out == _removed_path(out) or overwritten & sources:
         raise ValueError(
-            f"--out {out}: it, or removed.jsonl beside it, is an input; "
+            f"--out {out}: it, or removed.jsonl or the card beside it, is an input; "
             "choose another name or folder"
         )
 
@@ -429,9 +430,9 @@ def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
 # ── results ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(num_kept: int, removed: Sequence[Removal]) -> Table:
+def count_passes(num_kept: int, removed: Sequence[Removal]) -> list[card.PassCount]:
     """How many rows entered each pass, and how many it removed, by reason and by other file."""
-    view = Table("pass", "rows in", "removed", "why")
+    counts = []
     num_left = num_kept + len(removed)
     for pass_name in PASSES:
         reasons = Counter(
@@ -439,21 +440,50 @@ def table(num_kept: int, removed: Sequence[Removal]) -> Table:
             for removal in removed
             if removal.pass_name == pass_name
         )
-        first_cells = (pass_name, f"{num_left:,}")
-        for (reason, file), count in reasons.most_common():
-            why = f"{reason}: {file}" if file else reason
-            view.add_row(*first_cells, f"{count:,}", why)
-            first_cells = ("", "")
+        named = [(f"{r}: {f}" if f else r, n) for (r, f), n in reasons.most_common()]
+        counts.append(card.PassCount(pass_name, num_left, named))
         num_left -= reasons.total()
-    view.add_row("stay", f"{num_left:,}")
+    return counts
+
+
+def table(num_kept: int, passes: Sequence[card.PassCount]) -> Table:
+    """The counts of the passes, for a terminal."""
+    view = Table("pass", "rows in", "removed", "why")
+    for item in passes:
+        first_cells = (item.name, f"{item.rows_in:,}")
+        for reason, count in item.reasons:
+            view.add_row(*first_cells, f"{count:,}", reason)
+            first_cells = ("", "")
+    view.add_row("stay", f"{num_kept:,}")
     return view
 
 
-def save(out: Path, rows: Sequence[Row], removed: Sequence[Removal]) -> None:
-    """Write the rows to `out` and the removals to removed.jsonl beside it: both files or none."""
+def describe(
+    cfg: Recipe,
+    argv: Sequence[str],
+    rows: Sequence[Row],
+    removed: Sequence[Removal],
+    passes: Sequence[card.PassCount],
+) -> str:
+    """The card of the result."""
+    kept = card.rows_of_files(row.place for row in rows)
+    dropped = card.rows_of_files(removal.row.place for removal in removed)
+    with_rates = any(row.right is not None for row in rows)
+    rows_read = kept + dropped
+    return card.text(Path(cfg.out), argv, cfg.against, rows_read, kept, passes, with_rates)
+
+
+def save(out: Path, rows: Sequence[Row], removed: Sequence[Removal], described: str) -> None:
+    """Write the rows to `out`, and the removals and the card beside it: all files or none."""
     problems = map(_problem, rows)
     removals = map(_removal, removed)
-    write_all_atomically({out: _json_lines(problems), _removed_path(out): _json_lines(removals)})
+    write_all_atomically(
+        {
+            out: _json_lines(problems),
+            _removed_path(out): _json_lines(removals),
+            card.card_path(out): [described],
+        }
+    )
 
 
 def _removed_path(out: Path) -> Path:
@@ -503,16 +533,17 @@ def main(argv: Sequence[str]) -> None:
         check(cfg)
         with progress_bar(console, RowsPerSecond()) as progress:
             rows, removed = curate(cfg, progress)
-        console.print(table(len(rows), removed))
+        passes = count_passes(len(rows), removed)
+        console.print(table(len(rows), passes))
         if not rows:
             raise ValueError(f"{' '.join(cfg.inputs)}: no problem stays; nothing is written")
-        save(Path(cfg.out), rows, removed)
+        save(Path(cfg.out), rows, removed, describe(cfg, argv, rows, removed, passes))
     except (ValueError, OSError) as error:
         sys.exit(f"curation.curate: {error}")
     seconds = time.monotonic() - start
     console.print(
-        f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it; "
-        f"{seconds:.0f} s"
+        f"{len(rows):,} problems in {cfg.out}, {len(removed):,} rows in removed.jsonl beside it, "
+        f"and the card {card.card_path(Path(cfg.out)).name}; {seconds:.0f} s"
     )
 
 

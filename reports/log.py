@@ -13,6 +13,7 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               *.png            figures (reports/figures.py)
               report.html      everything to look at, in one page (reports/page.py)
               policy/ critic/  Hugging Face folders; *.earlier: of a training that goes on
+              exports/         such folders of checkpoints (tools/export.py)
 
 The process that trains holds a lock on the folder, from before the first check to its end.
 """
@@ -55,6 +56,7 @@ from checkpoint import (
     step_of,
     without_effect,
 )
+from config import STOP
 from curation.files import progress_bar, write_atomically
 from reports.metrics import PROBLEMS, SETTINGS, comparable, heldout_metrics
 from reports.trackers import Tracked, Trackers
@@ -87,7 +89,7 @@ BESIDE_METRICS = {"step", "responses", SETTINGS, PROBLEMS}  # in a line of evalu
 OUTPUTS = """
     checkpoints policy policy.earlier policy.partial critic critic.earlier critic.partial
     metrics.jsonl evaluations.jsonl rollouts.jsonl heldout-*.jsonl failed-step-*.jsonl rollouts
-    tensorboard track-*.json* wandb summary.json report.html *.png *.svg
+    tensorboard track-*.json* wandb summary.json report.html *.png *.svg exports
 """.split()
 REMOVED = ".removed"  # what is being deleted is moved into this folder first
 _locks: dict[Path, int] = {}  # run folder → open file descriptor that locks it
@@ -286,7 +288,7 @@ class RunLog:
         differs = []
         for name, (then, now) in changed_settings(resume_from, self.config).items():
             reason = f" (no effect: {reasons[name]})" if name in reasons else ""
-            differs.append(f"{name} {then} → {now}{reason}")
+            differs.append(f"{name} {in_one_line(then)} → {in_one_line(now)}{reason}")
         suffix = f" with {', '.join(differs)}" if differs else ""
         self.console.print(f"going on from {resume_from.path}{suffix}", markup=False)
 
@@ -464,6 +466,8 @@ class RunLog:
         line, and keep the responses."""
         record = {"step": step, "responses": len(rollouts)} | _finite(metrics)
         record[SETTINGS] = {name: getattr(self.config, name) for name in EVALUATED_WITH}
+        if self.config.stop != STOP:  # early versions had no others, and did not record them
+            record[SETTINGS]["stop"] = self.config.stop
         record[PROBLEMS] = zlib.crc32(json.dumps(sorted(set(map(_asked, rollouts)))).encode())
         with self._writing(self.records[1]):
             print(json.dumps(record), file=self.evaluations, flush=True)
@@ -529,7 +533,8 @@ class RunLog:
         first = comparable([*by_step.values()], problems=False)[0]["step"]
         if first > 0:
             then, now = by_step[0][SETTINGS], by_step[last][SETTINGS]
-            changed = (f"{n} {then.get(n)!r} → {now[n]!r}" for n in now if then.get(n) != now[n])
+            names = [n for n in then | now if then.get(n) != now.get(n)]
+            changed = (f"{n} {then.get(n)!r:.60} → {now.get(n)!r:.60}" for n in names)
             what = f"before is after {first} steps" if first < last else "nothing to compare with"
             self.console.print(f"since the start {', '.join(changed)}: {what}", markup=False)
         return first
@@ -543,6 +548,17 @@ class RunLog:
             self.console.print(question, style="bold", markup=False)
             self.console.print(f"  before (R={old.reward:.0f}){old.text}", markup=False)
             self.console.print(f"  after  (R={new.reward:.0f}){new.text}", markup=False)
+
+
+def in_one_line(value: Any) -> Any:
+    """The value of a setting as it is; a text of several lines, such as a template, in one line.
+
+    >>> in_one_line("paper"), in_one_line("Q: {question}\\nA:")
+    ('paper', "'Q: {question}\\\\nA:'")
+    """
+    if isinstance(value, str) and len(value.splitlines()) > 1:
+        return f"{value!r:.60}"
+    return value
 
 
 def _asked(r: Rollout) -> tuple[str, str]:

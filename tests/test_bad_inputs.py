@@ -52,13 +52,14 @@ from grading import programs
 from grading.pool import Grader
 from reports import figures, page
 from rollout import Rollout, save_rollouts
-from tools import ask, plan
+from tools import ask, export, plan
 from toy import tiny
 
 PROGRAMS: dict[str, Callable[[], None]] = {
     "train": train.main,
     "evaluate": evaluate.main,
     "ask": ask.main,
+    "export": export.main,
     "plan": plan.main,
     "curate": lambda: curate.main(sys.argv[1:]),
     "figures": figures.main,
@@ -79,6 +80,7 @@ NAMES = {
     "train": "train.py",
     "evaluate": "evaluate.py",
     "ask": "tools.ask",
+    "export": "tools.export",
     "curate": "curation.curate",
     "figures": "reports.figures",
     "page": "reports.page",
@@ -103,11 +105,14 @@ RIGHT = {
     "--response-tokens 24 --engine transformers",
     "responses": "--responses RECORDED",
     "ask": "1+1=? --model MODEL --response-tokens 4",
+    "export": "RUN",
+    "export-absent": "absent",
     "curate": "--workers 1 GOOD",
     "curate-generated": "--workers 1 --synthesize gcd:2",
 }
 # Keys of RIGHT that are other ways to call a program.
 PROGRAM_OF = {"plan-a-run": "train", "responses": "evaluate", "curate-generated": "curate"}
+PROGRAM_OF |= {"export-absent": "export"}
 
 
 class Row(NamedTuple):
@@ -414,6 +419,9 @@ def make_wrong_settings(model: Path, copied: Callable[..., Path]) -> None:
     for file in copied("no-tokenizer").glob("tokenizer*"):
         file.unlink()
     copied("generation-cut", "generation_config.json", "{")
+    copied("prompt-cut", "prompt.json", '{"template": "Q: {question} A:"')
+    copied("prompt-stop", "prompt.json", '{"template": "Q: {question} A:", "stop": [1]}')
+    copied("prompt-no-question", "prompt.json", '{"template": "Q: A:", "stop": []}')
     for name, file, change in (
         ("eos-outside", "generation_config.json", {"eos_token_id": [1, 10**5]}),
         ("eos-text", "generation_config.json", {"eos_token_id": "</s>"}),
@@ -511,6 +519,7 @@ SETTINGS = {
     "train": config.Config,
     "evaluate": Evaluation,
     "ask": ask.Question,
+    "export": export.Settings,
     "curate": curate.Recipe,
     "run": run.Options,
     "tiny": tiny.Settings,
@@ -629,6 +638,21 @@ ROWS = [
     Row("train", "--prompt-tokens 3", "tokens is over --prompt-tokens 3"),
     Row("train", "--prompt-tokens 3 --drop-bad-rows", "no prompt is within --prompt-tokens 3"),
     Row("train", "--model tiny --model no/such", "--model no/such: not a folder or hub id"),
+    # the prompt
+    Row("train", "--template mine", "--template 'mine': expected authors, paper or a text file"),
+    Row("evaluate", "--template mine", "--template 'mine': expected authors, paper or a text file"),
+    Row("ask", "--template EMPTY", "--template '"),
+    Row("train", "--template BAD/latin.jsonl", "a text file (not UTF-8 text)"),
+    Row("train", "--template GOOD", "good.json: has {question} 0 times; expected it once"),
+    Row("train", "--template {question}+{question}", "has {question} 2 times; expected it once"),
+    Row("train", "--stop=", "--stop '': is empty or blank"),
+    Row("ask", "--stop x x", "--stop 'x': is there twice; name it once"),
+    Row("evaluate", "--stop <think>", "--stop '<think>': stands at the end of the template"),
+    Row("train", f"--stop {'x' * 101}", "x: has 101 characters; expected at most 100"),
+    Row("train", "--stop \udcff", "is not text in UTF-8"),
+    Row("train", "--model PROMPT-CUT", "/prompt-cut: its prompt.json is damaged; expected a"),
+    Row("evaluate", "--model PROMPT-STOP", "/prompt-stop: its prompt.json is damaged; expected a"),
+    Row("ask", "--model PROMPT-NO-QUESTION", "its prompt.json is damaged; expected a template"),
     # problems that cannot be trained on
     Row("train", "--data BAD/few.json", "3 problems are fewer than --prompts 4"),
     Row("train", "--data BAD/long.json", "long.json:9: prompt of"),
@@ -798,6 +822,10 @@ ROWS = [
     Row("ask", "--temperature 101", "--temperature 101.0: must not be above 100"),
     Row("ask", "--top-p 1.5", "--top-p 1.5: must not be above 1"),
     Row("ask", "--model absent/model", "not a folder or hub id with a readable model"),
+    # tools.export
+    Row("export-absent", "", "absent: not the folder of a run; expected runs/NAME"),
+    Row("export", "", "/run has no complete checkpoint"),
+    Row("export", "--step 3 --out x", "--step 3: "),
     # curation
     Row("curate", "GOOD", "inputs:"),
     Row("curate", "BAD/other/good.json", "has a file good.json, too; rename one"),
@@ -869,7 +897,6 @@ USAGE = [
     ("train", "stray"),
     ("evaluate", "--samples many"),
     ("evaluate", "--engine llama"),
-    ("evaluate", "--template mine"),
     ("ask", "--seed 0.5"),
     ("ask", "two questions"),
     ("curate", "--seed x"),

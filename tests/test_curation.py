@@ -114,6 +114,19 @@ def test_the_whole_command(tmp_path: Path) -> None:
     }
     sources = [row["source"] for row in read_lines(out)]
     assert sources == ["orz.json:1", "orz.json:3", "other.jsonl:3", "other.jsonl:4"]
+    described = (out.parent / "problems.card.md").read_text()
+    for line in (
+        '  data_files: "problems.jsonl"',
+        "4 problems with answers that a program can check",
+        "compared with `test.jsonl`",
+        "| `orz.json` | 3 | 2 |",
+        "| `other.jsonl` | 9 | 2 |",
+        f"python -m curation.curate {orz} {other} --against {held_out} --out {out}",
+        "| against | 9 | 2 | shares n-grams: test.jsonl 1, same words: test.jsonl 1 | problems of",
+        "| `answer` | the gold answer, in LaTeX or plain |",
+    ):
+        assert line in described, line
+    assert "license:" not in described
     assert [problem.answer for problem in data.load(out)] == ["49", "2", "7\\sqrt{2}", "81"]
 
 
@@ -148,7 +161,7 @@ BAD_INPUTS = [
     ("[[1]]", [], "a.jsonl:1: field [0].value is missing"),
     (b"\xff\xfe{", [], "not UTF-8"),
     (SUM, ["--out", "absent/b.jsonl"], "--out absent/b.jsonl: not a file in a folder"),
-    (SUM, ["--out", "a.jsonl"], "--out a.jsonl: it, or removed.jsonl beside it, is an input"),
+    (SUM, ["--out", "a.jsonl"], "--out a.jsonl: it, or removed.jsonl or the card"),
     (SUM, ["--synthesize", "sudoku:3"], "--synthesize sudoku:3: expected name:count"),
     (SUM, ["--rollouts", "a.jsonl"], "a.jsonl: a.jsonl:1: not a graded response"),
 ]

@@ -15,6 +15,7 @@ from conftest import Ended, orz_data, write_orz
 from safetensors.torch import load_file, save_file
 
 import evaluate
+from config import STOP
 from evaluate import main
 
 QUICK = """
@@ -234,6 +235,10 @@ def test_results_without_the_models_files_are_not_continued(
     assert call(main, *flags).code == 0
     (file,) = tmp_path.glob("*/settings.json")
     settings = json.loads(file.read_text())
+    assert settings.pop("stop") == list(STOP)  # early versions had no others, and kept none
+    file.write_text(json.dumps(settings))
+    assert call(main, *flags).code == 0
+    assert "results under other settings (stop [" in call(main, *flags, "--stop", "x").err
     del settings["files"]
     file.write_text(json.dumps(settings))
     done = call(main, *flags)

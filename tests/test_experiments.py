@@ -433,19 +433,27 @@ def test_readme_has_every_claim_with_its_verdict() -> None:
     for row, claim in zip(rows, CLAIMS.values(), strict=True):
         assert row[0] == f"{claim.text} ({claim.place})"
         verdict = rule.claim_verdict(claim, found)
-        assert row[1:3] == [verdict, f"{verdicts.deciding(claim, found).seeds}"]
+        if verdict:
+            assert row[1:3] == [verdict, f"{verdicts.deciding(claim, found).seeds}"]
+        else:
+            assert row[1] == verdicts.NOT_RUN
 
 
 def test_every_claims_figure_and_verdict_exist() -> None:
     found = rule.load()
     text = "".join(page.read_text() for page in verdicts.PAGES)
+    drawn = {"differences"}
     for name, claim in CLAIMS.items():
-        assert (draw.FIGURES / f"{name}.png").is_file()
         place = re.search(rf"<!-- verdict {name} --> (.*?) <!-- /verdict -->", text)[1]
         verdict = rule.claim_verdict(claim, found)
+        if not verdict:
+            assert place == verdicts.NOT_RUN
+            continue
+        drawn.add(name)
         assert place.startswith(f"**{verdict}**: ") and claim.caveat in place
         assert claim.five_seeds in place
-    assert {file.stem for file in draw.FIGURES.glob("*.png")} == {*CLAIMS, "differences"}
+    assert {file.stem for file in draw.FIGURES.glob("*.png")} == drawn
+    assert len(drawn) > len(CLAIMS) / 2
 
 
 def test_all_results_are_of_this_round() -> None:
@@ -465,7 +473,7 @@ def test_a_place_that_is_missing_or_doubled_is_refused() -> None:
             verdicts.filled_readme(text, found)
     places = [f"<!-- verdict {name} --><!-- /verdict -->" for name in CLAIMS]
     halves = [" ".join(places[:9]), " ".join(places[9:])]
-    assert "".join(verdicts.filled_pages(halves, found)).count("**: ") == len(CLAIMS)
+    assert "".join(verdicts.filled_pages(halves, found)).count(" <!-- /verdict -->") == len(CLAIMS)
     for wrong, name in (
         (places[1:], "rise"),
         ([*places, places[0]], "rise"),

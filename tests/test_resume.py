@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_checkpoint import run, weights
 
 from checkpoint import by_step
+from tools import export
 from toy import tiny
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -233,6 +234,13 @@ def test_another_number_of_ranks_resumes(flags: list[str], whole: Path, whole_on
     more = ("--steps", str(FEW), "--resume", of_two)
     close(run(flags, "--name", "from-two-to-one", *more), whole_on_two)
     close(job.finish(), whole)
+
+
+def test_one_process_exports_what_two_ranks_saved(whole_on_two: Path, tmp_path: Path) -> None:
+    export.export(export.Settings(run=str(whole_on_two), out=str(tmp_path / "out")))
+    for role in ("policy", "critic"):
+        file = Path(role) / "model.safetensors"
+        assert (tmp_path / "out" / file).read_bytes() == (whole_on_two / file).read_bytes()
 
 
 def killed_after(job: Job, seconds: float) -> bool:

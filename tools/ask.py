@@ -5,7 +5,8 @@
     python -m tools.ask "7+4+12+3+9+6+11=?" --model runs/demo/policy --critic runs/demo/critic
 
 These models were trained with one prompt template, and they end a response with `</answer>` instead
-of an end-of-sequence token. With another prompt, or without the stop strings, they ramble.
+of an end-of-sequence token. With another prompt, or without the stop strings, they ramble. Both are
+those that the model was trained with, as far as its folder says (prompt.json), or the authors'.
 
 With a critic, V(s_t) is printed along the response: the critic's estimate of the chance that the
 answer will be right, given the question and the text so far (γ = λ = 1, R ∈ {0, 1}).
@@ -18,13 +19,14 @@ from typing import Annotated
 import torch
 import transformers
 import tyro
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 import data
 import distributed
 import packing
 import preflight
-from config import STOP, Range, SamplingSettings, hub_id, validate_ranges
+from config import Range, SamplingSettings, hub_id, validate_ranges
 from critic import load_critic
 from data import Problem
 from grading.extract import extract
@@ -44,6 +46,12 @@ class Question(SamplingSettings):
     critic: str = ""
     """Folder of the critic trained with it, to print V(s_t) along the response; none: not
     printed."""
+    template: str = "auto"
+    """auto: the prompt that the model was trained with, which an exported folder keeps in its
+    prompt.json; without one, authors. Otherwise as for train.py."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response; none: those that the model was trained with, as for
+    --template."""
     temperature: Annotated[float, Range(0, 100)] = 1.0
     """Sampling temperature; 0: the likeliest token each time."""
 
@@ -60,7 +68,9 @@ def main() -> None:
         if not settings.temperature:
             names, why = ("top_p", "seed"), "with --temperature 0, which draws nothing"
             preflight.refuse_without_effect(settings, Question(question=""), names, why)
-        longest = len(data.prompt("")) + len(settings.question) + settings.response_tokens
+        settings = preflight.with_prompt(settings, path)
+        template = data.template_text(settings.template)
+        longest = len(template) + len(settings.question) + settings.response_tokens
         positions = getattr(config, "max_position_embeddings", None) or longest
         preflight.require_unquantized(config, path)
         tokenizer = preflight.load_tokenizer(path, config.vocab_size)
@@ -83,13 +93,7 @@ def main() -> None:
             show_values(settings.critic, settings.dtype, tokenizer, response)
         except (ValueError, OSError) as error:  # its weights are not those of its architecture
             sys.exit(f"tools.ask: {error}")
-    final = extract(response.text)
-    if final:
-        print(f"\nanswer: {final}")
-    elif response.finish_reason == "length":
-        print("\nno answer (cut off)")
-    else:
-        print("\nno answer (none in the tags)")
+    print_answer(response)
 
 
 def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Problem:
@@ -103,7 +107,7 @@ def tokenized(settings: Question, tokenizer: PreTrainedTokenizerBase, max_tokens
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("the question is not text in UTF-8")
     question = Problem(source="question", question=text, answer="")
-    template = data.TEMPLATES[settings.template]
+    template = data.template_text(settings.template)
     (problem,) = data.tokenize([question], tokenizer, max_tokens, template)
     return problem
 
@@ -123,14 +127,22 @@ def answer(
     if settings.temperature:
         sampling = {"do_sample": True, "temperature": settings.temperature}
         sampling |= {"top_p": settings.top_p, "top_k": 0}
+    model.generation_config.stop_strings = None  # exports of early versions have some
+    longest = max((len(stop.encode()) for stop in settings.stop), default=1)
+
+    def ends(token_ids: Tensor, _: object) -> Tensor:
+        """Whether the response, without the prompt, holds a stop string, as for the samplers."""
+        tail = tokenizer.decode(token_ids[0, len(problem.prompt_ids) :][-longest:])
+        return torch.tensor([any(stop in tail for stop in settings.stop)], device=model.device)
+
     torch.manual_seed(settings.seed)
-    print("<think>", end="", flush=True)
+    if data.template_text(settings.template).endswith("<think>"):
+        print("<think>", end="", flush=True)
     sequences = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(settings.response_tokens, positions - len(problem.prompt_ids)),
-        stop_strings=list(STOP),
-        tokenizer=tokenizer,
+        stopping_criteria=StoppingCriteriaList([ends]),
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
@@ -138,9 +150,20 @@ def answer(
     )
     token_ids = sequences[0, len(problem.prompt_ids) :].tolist()
     text = tokenizer.decode(token_ids)
-    stopped = token_ids[-1] in eos or any(stop in text for stop in STOP)
+    stopped = token_ids[-1] in eos or any(stop in text for stop in settings.stop)
     finish_reason = "stop" if stopped else "length"
     return Rollout(problem, token_ids, [0.0] * len(token_ids), finish_reason, text)
+
+
+def print_answer(response: Rollout) -> None:
+    """Print the extracted answer, or why there is none."""
+    final = extract(response.text)
+    if final:
+        print(f"\nanswer: {final}")
+    elif response.finish_reason == "length":
+        print("\nno answer (cut off)")
+    else:
+        print("\nno answer (none in the tags)")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
