@@ -52,7 +52,7 @@ from config import (
     hub_id,
     validate_ranges,
 )
-from curation import formats
+from curation import formats, hub
 from curation.files import progress_bar, write_atomically
 from data import Problem
 from distributed import load_whole
@@ -181,10 +181,12 @@ def run_benchmarks(cfg: Evaluation, grader: Grader, console: Console) -> None:
         if why:
             raise ValueError(f"programs cannot be run here: {why}")
     _load_results(cfg.out)
-    for model in cfg.model:
-        _check_model_files(cfg, preflight.model_path(hub_id(model), cfg.seed))
-    for model in cfg.model:
-        _evaluate_model(cfg, model, sets, grader, console)
+    names = [preflight.model_name(hub_id(model), cfg.seed) for model in cfg.model]
+    for name in names:
+        _check_model_files(cfg, preflight.fetch_model(name))
+    paths = [preflight.fetch_model(name, weights=True) for name in names]
+    for model, path in zip(cfg.model, paths, strict=True):
+        _evaluate_model(cfg, model, path, sets, grader, console)
     console.print(
         f"avg@k ± half the 95 % interval over problems; T = {cfg.temperature:g}, top-p "
         f"{cfg.top_p:g}, at most {cfg.response_tokens} tokens"
@@ -241,11 +243,11 @@ class _Asked(NamedTuple):
 def _evaluate_model(
     cfg: Evaluation,
     model: str,
+    path: str,
     sets: dict[str, list[Problem]],
     grader: Grader,
     console: Console,
 ) -> None:
-    path = preflight.model_path(hub_id(model), cfg.seed)
     config = preflight.model_config(path)
     cfg = preflight.with_prompt(cfg, path)
     tokenizer = preflight.load_tokenizer(path, config.vocab_size)
@@ -253,7 +255,8 @@ def _evaluate_model(
     chosen = {name: _spaced(problems, cfg.limit) for name, problems in sets.items()}
     fitting = {name: _usable(cfg, p, name, tokenizer, grader) for name, p in chosen.items()}
     folder = _folder(cfg, model)
-    settings = asdict(cfg) | {"model": path, "stop": list(cfg.stop)}
+    # Where the hub's cache is does not tell one model from another.
+    settings = asdict(cfg) | {"model": hub.name_of(path), "stop": list(cfg.stop)}
     settings["files"] = distributed.on_rank0(lambda: fingerprint(path))
     distributed.on_rank0(lambda: _check_folder(folder, settings, cfg.overwrite))
     prompts = [problem.prompt_ids for problems in fitting.values() for problem in problems]
@@ -389,9 +392,9 @@ MODEL_FILES = """config.json generation_config.json *.safetensors *.safetensors.
 def fingerprint(path: str) -> dict[str, Any]:
     """What tells a model from another one under the same name: the checksum of each of its files,
     or the commit of a model of the hub."""
-    if not Path(path).is_dir():
-        in_cache = Path(transformers.utils.cached_file(path, "config.json"))
-        return {"commit": in_cache.parent.name}  # …/snapshots/<commit>/config.json
+    commit = hub.commit_of(path)
+    if commit:
+        return {"commit": commit}
     found = {file for pattern in MODEL_FILES for file in Path(path).glob(pattern)}
     return crc32_of_files(sorted(file for file in found if file.is_file()))
 

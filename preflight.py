@@ -36,7 +36,7 @@ from config import (
     validate_stop,
 )
 from critic import critic_class, value_head
-from curation import formats
+from curation import formats, hub
 from data import Problem, TrainedPrompt
 from grading.pool import Grader
 from packing import attention_windows
@@ -52,7 +52,7 @@ Settings = TypeVar("Settings", bound=SamplingSettings)
 class Inputs(NamedTuple):
     """What a run needs besides weights."""
 
-    model_path: str
+    model_path: str  # a folder
     tokenizer: PreTrainedTokenizerBase
     eos: list[int]
     problems: list[Problem]
@@ -61,6 +61,7 @@ class Inputs(NamedTuple):
     grader: Grader
     score: Callable[[list[Rollout]], list[Rollout]]  # sets R, see reward.score
     made: Sequence[Path] = ()  # the run's folder and its parents, as far as they are new
+    critic_path: str = ""  # the folder of --critic-model
 
 
 class _Files(NamedTuple):
@@ -70,32 +71,36 @@ class _Files(NamedTuple):
     problems: list[Problem]
     eval_problems: list[Problem]
     resume_from: Checkpoint | None
+    critic_path: str
     made: Sequence[Path] = ()
 
 
 def prepare(cfg: Config) -> Inputs:
     """Refuse what cannot work, then load what is cheap.
 
-    No weight is loaded here (`tiny` makes its model on first use). Rank 0 reads and checks files.
-    Raises ValueError or OSError with a message of one line.
+    No weight is loaded here (`tiny` makes its model on first use); those of a model of the hub are
+    downloaded when all else is checked. Rank 0 reads and checks files. Raises ValueError or OSError
+    with a message of one line.
     """
     validate_settings(cfg)
     grader = Grader(0 if cfg.reward else cfg.grader_workers, cfg.grader_seconds, cfg.require_boxed)
     custom_reward = load_custom_reward(cfg.reward)
     files = distributed.on_rank0(lambda: _read_files(cfg, grader))
-    vocab_size = model_config(files.model_path).vocab_size
-    tokenizer = load_tokenizer(files.model_path, vocab_size)
+    model_path = on_this_machine("--model", cfg.model, files.model_path)
+    vocab_size = model_config(model_path).vocab_size
+    tokenizer = load_tokenizer(model_path, vocab_size)
     tokenizer.chat_template = data.chat_template(tokenizer, data.template_text(cfg.template))
     return Inputs(
-        model_path=files.model_path,
+        model_path=model_path,
         tokenizer=tokenizer,
-        eos=eos_ids(files.model_path, tokenizer, vocab_size),
+        eos=eos_ids(model_path, tokenizer, vocab_size),
         problems=files.problems,
         eval_problems=files.eval_problems,
         resume_from=files.resume_from,
         grader=grader,
         score=partial(score, grader=grader, custom_reward=custom_reward),
         made=files.made,
+        critic_path=on_this_machine("--critic-model", cfg.critic_model, files.critic_path),
     )
 
 
@@ -294,16 +299,18 @@ def remove_empty(folders: Sequence[Path]) -> None:
 def _read_files_for(cfg: Config, grader: Grader) -> _Files:
     require_login(cfg.track)
     resume_from = _checkpoint_to_resume(cfg)
-    model_path, train_source, eval_sources = cfg.model, cfg.data, cfg.eval_data
+    train_source, eval_sources = cfg.data, cfg.eval_data
     if cfg.model in tiny.TASKS:
         folder = tiny.ensure(cfg.seed, name=cfg.model)
-        model_path = str(folder)
         train_source = train_source or str(folder / "train.json")
         eval_sources = eval_sources or (str(folder / "heldout.json"),)
-    tokenizer = _check_model_files(cfg, model_path, resume_from)
+    model_path = model_folder("--model", model_name(cfg.model, cfg.seed))
+    critic_path = model_folder("--critic-model", cfg.critic_model)
+    tokenizer = _check_model_files(cfg, model_path, resume_from, critic_path)
     if cfg.replay:
         _check_replay(cfg, model_config(model_path).vocab_size)
-        return _Files(model_path, [], [], resume_from)
+        _fetch_weights(cfg, model_path, critic_path)
+        return _Files(model_path, [], [], resume_from, critic_path)
     problems = _read_problems(cfg, tokenizer, grader, train_source)
     eval_problems = []
     for name, source in formats.named(eval_sources).items():
@@ -314,7 +321,17 @@ def _read_files_for(cfg: Config, grader: Grader) -> _Files:
         raise ValueError(
             f"{train_source}: {len(problems)} problems are fewer than --prompts {cfg.prompts}"
         )
-    return _Files(model_path, problems, eval_problems, resume_from)
+    _fetch_weights(cfg, model_path, critic_path)
+    return _Files(model_path, problems, eval_problems, resume_from, critic_path)
+
+
+def _fetch_weights(cfg: Config, model_path: str, critic_path: str) -> None:
+    """Download the weights of models of the hub, when all else is known to be right."""
+    given = (("--model", cfg.model, model_path), ("--critic-model", cfg.critic_model, critic_path))
+    for flag, model, folder in given:
+        commit = hub.commit_of(folder)
+        if commit:
+            model_folder(flag, model, weights=True, commit=commit)
 
 
 def _run_folder(cfg: Config) -> Path:
@@ -388,9 +405,10 @@ def _is_inside(source: str, folder: Path) -> bool:
 
 
 def _check_model_files(
-    cfg: Config, model_path: str, resume_from: Checkpoint | None
+    cfg: Config, model_path: str, resume_from: Checkpoint | None, critic_path: str = ""
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that this run can train. Raises ValueError if it cannot."""
+    """The tokenizer of a model that this run can train. Raises ValueError if it cannot, or if the
+    model of --critic-model, in `critic_path`, cannot be its critic."""
     config = model_config(model_path)
     longest = cfg.prompt_tokens + cfg.response_tokens
     require_trainable(config, longest, model_path, with_critic="critic" in cfg.trained_roles)
@@ -401,9 +419,9 @@ def _check_model_files(
     critic_config = config
     if cfg.init_critic:
         critic_config = check_critic("--init-critic", cfg.init_critic, config, tokenizer, longest)
-    if cfg.critic_model:
-        critic_config = _check_critic_model(cfg.critic_model, tokenizer, longest)
-    validate_length(longest, critic_config, cfg.init_critic or cfg.critic_model or model_path)
+    if critic_path:
+        critic_config = _check_critic_model(critic_path, tokenizer, longest)
+    validate_length(longest, critic_config, cfg.init_critic or critic_path or model_path)
     if resume_from:
         configs = {"policy": config, "critic": critic_config}
         of_roles = {role: configs[role] for role in cfg.trained_roles}
@@ -560,9 +578,46 @@ def gradable(
 # ── models ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def model_path(model: str, seed: int) -> str:
+def model_name(model: str, seed: int) -> str:
     """Folder or hub id of a model; `tiny` is made on first use."""
     return str(tiny.ensure(seed, name=model)) if model in tiny.TASKS else model
+
+
+def model_folder(flag: str, model: str, weights: bool = False, commit: str | None = None) -> str:
+    """The folder of a model: of a hub id the one in the hub's cache, with its configuration and
+    tokenizer and, with `weights`, these, too; of anything else the name itself. Raises ValueError
+    if the hub does not give it."""
+    if not hub.is_model(model):
+        return model
+    try:
+        return hub.model_folder(model, weights, commit)
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {model}: not a folder or hub id with a readable model ({error})"
+        ) from None
+
+
+def fetch_model(model: str, weights: bool = False) -> str:
+    """`model_folder` of --model; every rank calls it, and rank 0 downloads first."""
+    folder = distributed.on_rank0(lambda: model_folder("--model", model, weights))
+    return on_this_machine("--model", model, folder, weights)
+
+
+def on_this_machine(flag: str, model: str, folder: str, weights: bool = True) -> str:
+    """The `folder` of a model that rank 0 has; every rank calls it. A rank on another machine has
+    a cache of its own, and downloads the same commit of a model of the hub. Raises ValueError, on
+    all ranks, if the hub does not give it there."""
+    why = ""
+    commit = hub.commit_of(folder)
+    if commit:
+        try:
+            folder = model_folder(flag, model, weights, commit)
+        except ValueError as error:
+            why = str(error)
+    reasons = [reason for reason in distributed.all_gather_objects(why) if reason]
+    if reasons:
+        raise ValueError(reasons[0])
+    return folder
 
 
 def with_prompt(settings: Settings, path: str) -> Settings:

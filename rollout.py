@@ -77,7 +77,8 @@ def sample_responses(
     prompts = [problems[p].prompt_ids for p, _ in share]
     seeds = [stream_seed(f"{stream}/{first_problem + p}", i) for p, i in share]
     responses = sampler.generate(prompts, seeds, sampling)
-    if distributed.rank() % sampler.num_ranks:
+    # Of nothing, transformers decodes one empty text.
+    if distributed.rank() % sampler.num_ranks or not responses:
         return []
     texts = tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=False)
     return [

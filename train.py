@@ -84,7 +84,7 @@ class Models(NamedTuple):
 def train(cfg: Config, inputs: Inputs) -> Path:
     """Train, evaluate and export; returns the run folder. Every rank runs this."""
     sampler = None if cfg.replay else start_sampler(cfg, inputs)  # --replay samples nothing
-    models = load_models(cfg, inputs.model_path)
+    models = load_models(cfg, inputs.model_path, inputs.critic_path)
     policy, critic = models.policy, models.critic
     first_step = load_checkpoint(inputs.resume_from, models.trained())
     if sampler:
@@ -148,14 +148,14 @@ def start_sampler(cfg: Config, inputs: Inputs) -> Sampler:
 
 
 @refusing()
-def load_models(cfg: Config, path: str) -> Models:
+def load_models(cfg: Config, path: str, critic_path: str = "") -> Models:
     """Policy; critic, unless the advantage needs none; reference model, if an ablation asks for
-    KL."""
+    KL. The critic starts from the policy's folder `path` unless there is another one."""
     sharding = Sharding(cfg.replicas, cfg.activation_checkpointing, cfg.offload, cfg.compile)
     policy = load_policy(path, sharding)
     critic = critic_optimizer = reference = None
     if "critic" in cfg.trained_roles:
-        source = cfg.init_critic or cfg.critic_model or path
+        source = cfg.init_critic or critic_path or cfg.critic_model or path
         critic = load_critic(source, cfg.value_head, cfg.seed, sharding)
         critic_optimizer = ppo.adamw(list(critic.parameters()))
     if cfg.kl_loss or cfg.kl_reward:

@@ -6,7 +6,7 @@ r"""Rows of problems from files and from the hub, and where a row holds its ques
 | `file.jsonl`, `file.parquet`, `file.csv` | one row a line; `file.csv` has no header line |
 | `file.zip` | the one .json, .jsonl or .csv file in it |
 | a folder | its files, in the order of their names |
-| `owner/name`, `owner/name:config@split` | a dataset of the hub, streamed (default split: train) |
+| `owner/name`, `owner/name:config@split` | a dataset of the hub, cached (default split: train) |
 | `owner/name/file.jsonl` | one file of a dataset of the hub, downloaded and cached |
 
 Layouts of a row; the first that fits is used, and each field must hold text or a number:
@@ -42,6 +42,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from curation.hub import dataset_file, dataset_rows
 from grading.extract import extract
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".zip")
@@ -240,37 +241,26 @@ def _numbered(path: Path, items: Iterable[Any]) -> Iterator[tuple[Place, Any]]:
 
 
 def _hub_rows(source: str, hub: re.Match) -> Iterator[tuple[Place, Any]]:
-    file = first = None
     try:
         if hub["file"]:
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(hub["id"], hub["file"], repo_type="dataset"))
+            rows_found = _file_rows(dataset_file(hub["id"], hub["file"]))
         else:
-            from datasets import load_dataset
-
-            split = hub["split"] or "train"
-            items = iter(load_dataset(hub["id"], hub["config"], split=split, streaming=True))
-            first = next(items, None)
-    # RuntimeError: a repository with a loading script; the network's libraries have errors of
-    # their own.
-    except Exception as error:
+            items = dataset_rows(hub["id"], hub["config"], hub["split"] or "train")
+            rows_found = _numbered(Path(hub["id"]), _unbroken(source, items))
+    except OSError as error:
+        if Path(hub["id"]).is_dir():
+            raise OSError(f"{source}: this folder is laid out as a data set, but {error}") from None
         raise OSError(
-            f"{source}: no such file here, and the hub does not give it ({_first_line(error)}); "
-            'use a local copy instead: JSON lines of {"question": …, "answer": …}, or any layout '
-            "that `python -m pydoc curation.formats` lists"
+            f"{source}: no such file here, and the hub does not give it ({error}); or use a local "
+            'copy: JSON lines of {"question": …, "answer": …}, or any layout that '
+            "`python -m pydoc curation.formats` lists"
         ) from None
-    if file is not None:
-        yield from _file_rows(file)
-    if first is not None:
-        path = Path(hub["id"])
-        yield from _numbered(path, _streamed(source, first, items))
+    yield from rows_found
 
 
-def _streamed(source: str, first: Any, items: Iterator[Any]) -> Iterator[Any]:
-    """The rows of a stream that can break off; its end is never taken for the end of the set."""
-    yield first
-    number = 1
+def _unbroken(source: str, items: Iterator[Any]) -> Iterator[Any]:
+    """The rows of a data set that can break off; its end is never taken for the end of the set."""
+    number = 0
     while True:
         try:
             item = next(items)
@@ -278,7 +268,7 @@ def _streamed(source: str, first: Any, items: Iterator[Any]) -> Iterator[Any]:
             return
         except Exception as error:
             raise OSError(
-                f"{source}: the hub broke off after row {number} ({_first_line(error)})"
+                f"{source}: its rows break off after row {number} ({_first_line(error)})"
             ) from None
         number += 1
         yield item

@@ -13,6 +13,7 @@ from typing import Any
 
 import data
 from config import TASK_MODELS, Config
+from curation import hub
 from curation.files import read_jsonl
 from data import TrainedPrompt
 from reports.log import in_one_line, revision, versions
@@ -34,8 +35,9 @@ def policy_files(
     cfg: Config, base: str, run: Path, done: int, problems: int | None = None
 ) -> dict[str, str]:
     """README.md and prompt.json of a policy after `done` iterations of the run in the folder `run`.
-    `base` is the folder or hub id of its base model; `problems` the number of training problems, if
-    it is known."""
+    `base` is the folder of its base model, perhaps in the hub's cache; `problems` the number of
+    training problems, if it is known."""
+    base = hub.name_of(base)
     parts = [
         _front_matter(cfg, base),
         f"# {cfg.name}\n",

@@ -169,7 +169,7 @@ def test_resuming_needs_a_critic_of_the_same_shape(
     moved = shutil.copytree(small, tmp_path / "moved")
     cfg = parse([*flags, "--resume", saved, "--critic-model", str(moved)])
     checkpoint = read_checkpoint(Path(saved))
-    preflight._check_model_files(cfg, cfg.model, checkpoint)
+    preflight._check_model_files(cfg, cfg.model, checkpoint, cfg.critic_model)
     assert without_effect(checkpoint, cfg) == {"critic_model": "the weights are the checkpoint's"}
     message = refusal(flags, "--resume", saved, "--critic-model", "")
     assert message.endswith(

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
-import transformers
 from conftest import Ended, orz_data, write_orz
 from safetensors.torch import load_file, save_file
 
@@ -211,19 +209,6 @@ def test_another_model_under_the_same_name_is_not_continued(
             file.write_bytes(content)
     done = call(main, *flags)
     assert done.code == 1 and "(the model's model.safetensors changed)" in done.err
-
-
-def test_a_model_of_the_hub_is_told_by_its_commit(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a cache laid out as the hub's own."""
-    cache = tmp_path / "models--acme--tiny"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("c0" * 20)
-    shutil.copytree(model_folder, cache / "snapshots" / ("c0" * 20))
-    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert evaluate.fingerprint("acme/tiny") == {"commit": "c0" * 20}
 
 
 def test_results_without_the_models_files_are_not_continued(

@@ -173,7 +173,7 @@ def test_the_chat_template_is_the_prompt_and_refuses_other_conversations(
     template: str, bos: str | None
 ) -> None:
     """Line ends, quotes, braces and marks of Jinja in the template mean themselves."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.BASE)
     tokenizer.bos_token = bos
     tokenizer.chat_template = data.chat_template(tokenizer, template)
     user = {"role": "user", "content": "{{ 1 }} + {question}?"}

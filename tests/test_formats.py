@@ -1,10 +1,11 @@
-"""curation/formats.py: every layout and container, and the paper's benchmarks by their hub ids."""
+"""curation/formats.py: every layout and container; test_hub.py has the hub."""
 
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -103,45 +104,33 @@ def test_containers_hold_the_same_rows(tmp_path: Path) -> None:
     assert data.load(tmp_path / "folder", "mine")[-1].source == "mine:2500"
 
 
-@pytest.mark.parametrize("name", sorted(set(formats.BENCHMARKS) - {"livecodebench"}))
-def test_benchmarks_by_their_public_ids(
+@pytest.mark.parametrize("name", ["math500", "gpqa_diamond"])
+def test_a_folder_laid_out_as_a_set_of_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hub id, configuration and split are read by `datasets`, without a network: it takes a folder
-    that has the name and the layout of the hub's repository for the repository."""
+    """Where the name is that of a folder, it is read in place of the hub, and not cached."""
     hub = formats.HUB.fullmatch(formats.BENCHMARKS[name])
-    rows = {
-        "gpqa_diamond": GPQA,
-        "mmlu": {"question": "q", "subject": "s", "choices": ["w", "x", "y", "z"], "answer": 3},
-        "mmlu_pro": {
-            "question_id": 1,
-            "question": "q",
-            "options": list("abcdefghij"),
-            "answer": "J",
-            "answer_index": 9,
-        },
-    }
+    row = GPQA if name == "gpqa_diamond" else {"problem": "q", "answer": "5"}
     repository = tmp_path / hub["id"]
     repository.mkdir(parents=True)
     config = hub["config"] or "default"
     split = hub["split"] or "train"
-    (repository / f"{config}.jsonl").write_text(
-        json.dumps(rows.get(name, {"problem": "q", "answer": "5"}))
-    )
+    (repository / f"{config}.jsonl").write_text(json.dumps(row))
     (repository / "README.md").write_text(
         f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
         f"  - split: {split}\n    path: {config}.jsonl\n---\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (problem,) = data.load(formats.BENCHMARKS[name], name)
-    assert problem.source == f"{name}:1" and problem.answer in "5ABCDJ"
+    assert problem.source == f"{name}:1" and problem.answer in "5ABCD"
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(OSError, match=r"this folder is laid out as a data set, but .*absent"):
+        data.load(f"{hub['id']}@absent")
 
 
-@pytest.mark.parametrize(
-    "source", ["HuggingFaceH4/MATH-500@test", "livecodebench/code_generation_lite/test6.jsonl"]
-)
-def test_an_unreachable_hub_is_one_line_that_says_what_to_do(source: str) -> None:
+def test_offline_with_an_empty_cache_is_one_line_that_says_what_to_do() -> None:
+    source = "HuggingFaceH4/MATH-500@test"
     program = (
         f"import data\ntry:\n    data.load({source!r})\nexcept OSError as error:\n    print(error)"
     )
@@ -151,7 +140,7 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_do(source: str) -> Non
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=folder
     )
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{source}: no such file here, and the hub does not give it")
+    assert line.startswith(f"{source}: no such file here, and the hub does not give it (HF_HUB_OFF")
     assert '{"question"' in line
 
 
@@ -188,22 +177,13 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
         assert problem.question.startswith("q")
 
 
-def test_a_repository_with_a_script_and_a_broken_stream_are_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def with_script(*_: object, **__: object) -> None:
-        raise RuntimeError("Dataset scripts are no longer supported, but found a.py")
+def test_rows_that_break_off_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Iterator[dict]:
+        yield {"question": "q", "answer": "1"}
+        raise RuntimeError("disk lost")
 
-    def broken(*_: object, **__: object) -> list[dict]:
-        def items() -> object:
-            yield {"question": "q", "answer": "1"}
-            raise RuntimeError("connection lost")
-
-        return items()
-
-    monkeypatch.setattr("datasets.load_dataset", with_script)
-    with pytest.raises(OSError, match=r"the hub does not give it \(Dataset scripts are no longer"):
-        data.load("owner/set")
+    (tmp_path / "owner" / "set" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", broken)
-    with pytest.raises(OSError, match=r"broke off after row 1 \(connection lost\)"):
+    with pytest.raises(OSError, match=r"^owner/set: its rows break off after row 1 \(disk lost\)$"):
         data.load("owner/set")

@@ -1,15 +1,19 @@
-"""pyproject.toml, tools/requirements-cpu.txt and the Makefile install the same versions."""
+"""pyproject.toml, tools/requirements-cpu.txt and the Makefile install the same versions, which the
+files that others read (CI, citation) name, too."""
 
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tools import lock, progress
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def install_commands(*variables: str, uv: str = "") -> str:
@@ -69,6 +73,27 @@ def test_make_numbers_the_stages() -> None:
         assert numbers == [(f"{i}", f"{stages}") for i in range(1, stages + 1)]
 
 
+def test_ci_runs_ci_run_on_the_python_versions_of_pyproject() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    job = workflow["jobs"]["test"]
+    versions = job["strategy"]["matrix"]["python"]
+    prefix = "Programming Language :: Python :: "
+    assert [prefix + version for version in versions] == PROJECT["project"]["classifiers"]
+    assert PROJECT["project"]["requires-python"] == f">={versions[0]}"
+    assert PROJECT["tool"]["ruff"]["target-version"] == f"py{versions[0].replace('.', '')}"
+    assert f"Python {versions[0]} or newer is needed" in (ROOT / "Makefile").read_text()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    names = {name: citation[name] for name in ("version", "license")}
+    assert names == {name: PROJECT["project"][name] for name in names}
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2503.24290"
+
+
 PIP = """
 import sys, time
 from pathlib import Path
@@ -104,7 +129,7 @@ def test_progress_counts_packages_and_passes_the_status_on(
     assert progress.run("3/5 packages", command, tmp_path) == status
     title, *lines, last = capsys.readouterr().out.splitlines()
     assert title == "3/5 packages"
-    assert any("installing 1 of 2 packages, 0 s" in line for line in lines)
+    assert any(re.search(r"installing 1 of 2 packages, \d+ s", line) for line in lines)
     assert last.startswith("     failed, " if status else "     done, ")
     assert ("Collecting b==1" in lines) == bool(status)
 

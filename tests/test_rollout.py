@@ -312,3 +312,16 @@ def test_tiny_template_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:
     question = tiny.problems(0)[0][0]
     ids = tokenizer.encode(data.prompt(question), add_special_tokens=False)
     assert tokenizer.decode(ids) == data.prompt(question)
+
+
+def test_a_rank_without_a_share_has_no_responses(
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the second of two ranks has for one response to one problem."""
+    sampler = open_sampler("transformers", model_folder, tokenizer)
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    assert sample_responses(sampler, tokenizer, problems[:1], 1, SAMPLING, "0/5") == []

@@ -61,9 +61,10 @@ def main() -> None:
     settings = tyro.cli(Question, description=__doc__, prog="python -m tools.ask")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path = hub_id(settings.model)
+    name = hub_id(settings.model)
     try:
         validate_ranges(settings)
+        path = preflight.model_folder("--model", name)
         config = preflight.model_config(path)
         if not settings.temperature:
             names, why = ("top_p", "seed"), "with --temperature 0, which draws nothing"
@@ -83,6 +84,7 @@ def main() -> None:
             )
         eos = preflight.eos_ids(path, tokenizer, config.vocab_size)
         problem = tokenized(settings, tokenizer, max_tokens=positions - 1)
+        path = preflight.model_folder("--model", name, weights=True)
         model = load_for_sampling(path, torch_dtype(settings.dtype)).to(distributed.device())
     except (ValueError, OSError) as error:
         sys.exit(f"tools.ask: {error}")

@@ -78,14 +78,16 @@ def export(settings: Settings) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; remove it, or name another --out")
     cfg = settings_of(found)
-    base = preflight.model_path(hub_id(settings.model or cfg.model), cfg.seed)
+    name = preflight.model_name(hub_id(settings.model or cfg.model), cfg.seed)
+    base = preflight.model_folder("--model", name, weights=True)
     config = preflight.model_config(base)
     tokenizer = preflight.load_tokenizer(base, config.vocab_size)
     tokenizer.chat_template = data.chat_template(tokenizer, data.template_text(cfg.template))
     eos = preflight.eos_ids(base, tokenizer, config.vocab_size)
     configs = {"policy": config}
     if "critic" in found.about["roles"]:
-        source = critic_source(cfg, found, config) or base
+        source = critic_source(cfg, found, config)
+        source = preflight.model_folder("--critic-model", source, weights=True) or base
         configs["critic"] = preflight.read_config("--critic-model", source)
     require_same_models(found, configs, LARGE)
     out.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def _config(model: str, flag: str) -> Any:
         return preflight.read_config(flag, model)
     name = model.removeprefix("Qwen/")
     if name not in SHAPES:
-        return preflight.model_config(model, flag)
+        return preflight.model_config(preflight.model_folder(flag, model), flag)
     sizes = dict(zip([*FIELDS, "tie_word_embeddings"], SHAPES[name], strict=True))
     return Qwen2Config(**sizes, max_position_embeddings=POSITIONS.get(name, POSITIONS_OF_OTHERS))
 
