@@ -32,6 +32,8 @@ Temperature = Annotated[float, Range(0.01, 100)]  # below, vLLM samples at 0.01
 Seconds = Annotated[float, Range(0, 24 * 3600, above=True)]
 Minutes = Annotated[float, Range(0, 365 * 24 * 60, above=True)]
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
+
 STOP = ("User:", "Human:", "Assistant:", "</answer>")  # §3.1; a response is over after </answer>
 STOP_LENGTH = 100  # characters of a stop string: as many tokens are searched for it
 TEMPLATES = ("authors", "paper")  # the texts are in data.py
@@ -205,6 +207,10 @@ class Config(BatchSettings):
     keep_tokens: CountOrNone = 4
     """How many of these keep V(s_t), Â_t and the log-probability of every token; the run's page
     colors them."""
+
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics, settings and some transcripts go beside the run folder: to one or several of
+    these; wandb and trackio must be installed."""
 
     init_critic: str = ""
     """Folder of a trained critic to start from (an export of ours, or one of the authors'); none:

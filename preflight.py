@@ -41,6 +41,7 @@ from data import Problem, TrainedPrompt
 from grading.pool import Grader
 from packing import attention_windows
 from reports.log import check_folder, claim_folder
+from reports.trackers import require_login, validate_trackers
 from reward import load_custom_reward, score
 from rollout import Rollout, load_rollouts
 from toy import tiny
@@ -252,6 +253,7 @@ def _validate_choices(cfg: Config) -> None:
     if cfg.overwrite and cfg.resume:
         raise ValueError("--overwrite would remove what --resume goes on from; pass one of them")
     validate_one_critic(cfg)
+    validate_trackers(cfg.track)
     if cfg.model not in tiny.TASKS and not (cfg.data or cfg.replay):
         raise ValueError(
             "--data is missing: JSON in the authors' form, or JSONL with question and answer"
@@ -295,6 +297,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _read_files_for(cfg: Config, grader: Grader) -> _Files:
+    require_login(cfg.track)
     resume_from = _checkpoint_to_resume(cfg)
     train_source, eval_sources = cfg.data, cfg.eval_data
     if cfg.model in tiny.TASKS:

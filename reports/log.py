@@ -8,7 +8,8 @@ runs/<name>/  config.json      every resolved setting, versions, git revision
               rollouts.jsonl   some responses of every step, a few of them token by token
               rollouts/        all of them, token ids included, with --save-rollouts
               checkpoints/     what --resume continues from
-              tensorboard/     the metrics again, as events
+              tensorboard/     the metrics again, as events; see reports/trackers.py
+              track-*.json     what W&B and Trackio have got of the run; wandb/  W&B's own files
               *.png            figures (reports/figures.py)
               report.html      everything to look at, in one page (reports/page.py)
               policy/ critic/  Hugging Face folders; *.earlier: of a training that goes on
@@ -58,6 +59,7 @@ from checkpoint import (
 from config import STOP
 from curation.files import progress_bar, write_atomically
 from reports.metrics import PROBLEMS, SETTINGS, comparable, heldout_metrics
+from reports.trackers import Tracked, Trackers
 from reports.transcripts import transcripts
 from rollout import Rollout, load_rollouts, save_rollouts
 
@@ -77,14 +79,17 @@ COLUMNS = {  # metric → (heading, width, format)
 # Settings that decide what an evaluation measures; a resumed run may change them.
 EVALUATED_WITH = """reward require_boxed grader_seconds temperature top_p response_tokens
     template""".split()
+UNFINISHED = ("config.json.*.tmp", "track-*.json.*.tmp")  # of a process that was killed
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl")  # the files that grow
+
+BESIDE_METRICS = {"step", "responses", SETTINGS, PROBLEMS}  # in a line of evaluations.jsonl
 
 
 # What a run leaves in its folder beside config.json. Only this is removed when it starts afresh.
 OUTPUTS = """
     checkpoints policy policy.earlier policy.partial critic critic.earlier critic.partial
     metrics.jsonl evaluations.jsonl rollouts.jsonl heldout-*.jsonl failed-step-*.jsonl rollouts
-    tensorboard summary.json report.html *.png *.svg exports
+    tensorboard track-*.json* wandb summary.json report.html *.png *.svg exports
 """.split()
 REMOVED = ".removed"  # what is being deleted is moved into this folder first
 _locks: dict[Path, int] = {}  # run folder → open file descriptor that locks it
@@ -229,15 +234,14 @@ class RunLog:
 
     def _start_folder(self, resume_from: Checkpoint | None) -> None:
         """Clear what --overwrite gave up, write config.json, and restore a checkpoint's records."""
-        from torch.utils.tensorboard import SummaryWriter
-
         origin = resume_from.path.parent.parent if resume_from else None
         same_run = origin is not None and origin.resolve() == self.folder.resolve()
         if not same_run:
             clear_folder(self.folder)
-        for leftover in (*self.folder.glob("config.json.*.tmp"), self.folder / REMOVED):
+        unfinished = [p for pattern in UNFINISHED for p in self.folder.glob(pattern)]
+        for leftover in (*unfinished, self.folder / REMOVED):
             remove_tree(leftover)
-        self._write_config()
+        settings = self._write_config()
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         if self.config.save_rollouts:
             (self.folder / "rollouts").mkdir(exist_ok=True)
@@ -249,17 +253,21 @@ class RunLog:
             self._restore_spent(resume_from)
         if same_run:
             self._pass_over_later_results(resume_from)
-        events = self.folder / "tensorboard"
-        with self._writing(events):
-            self.events = SummaryWriter(str(events), purge_step=self.first_step or None)
+        run = Tracked(self.folder, self.config.name, settings, self.first_step)
+        self.trackers = Trackers(self.config.track, run, self._warn)
+        if resume_from:
+            self._track_evaluation_at_checkpoint()
 
-    def _write_config(self) -> None:
+    def _write_config(self) -> dict[str, Any]:
+        """Write config.json; returns what it says."""
         described = asdict(self.config)
         described |= {"versions": versions(), "machine": platform.platform()}
         described |= {"revision": revision()}
         path = self.folder / "config.json"
         with self._writing(path):
-            write_atomically(path, [json.dumps(described, indent=1, default=str) + "\n"])
+            text = json.dumps(described, indent=1, default=str)
+            write_atomically(path, [text + "\n"])
+        return json.loads(text)
 
     def _restore_records(self, resume_from: Checkpoint, origin: Path, same_run: bool) -> None:
         """The records up to the checkpoint, of this run or of the one it branches off from. They
@@ -283,6 +291,15 @@ class RunLog:
             differs.append(f"{name} {in_one_line(then)} → {in_one_line(now)}{reason}")
         suffix = f" with {', '.join(differs)}" if differs else ""
         self.console.print(f"going on from {resume_from.path}{suffix}", markup=False)
+
+    def _track_evaluation_at_checkpoint(self) -> None:
+        """The evaluation after the checkpoint's last step has the number of the step that comes
+        next: TensorBoard has purged it, and a tracker that is new begins with it."""
+        lines = self.records[1].read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {"step": None}
+        if last["step"] == self.first_step:
+            metrics = {name: last[name] for name in last.keys() - BESIDE_METRICS}
+            self.trackers.evaluation(self.first_step, dict(sorted(metrics.items())))
 
     def _restore_spent(self, resume_from: Checkpoint) -> None:
         """The time that the run had taken at the checkpoint. Early versions did not record it: then
@@ -323,23 +340,22 @@ class RunLog:
         if not self.writes:
             return
         try:
-            self._finish()
+            self._finish(failed=failure is not None)
         except OSError:
             if failure is None:  # otherwise the error that ends the run is the one to report
                 raise
         finally:
             self._unlock()
 
-    def _finish(self) -> None:
+    def _finish(self, failed: bool) -> None:
         for file in (self.metrics, self.evaluations, self.rollouts):
             with self._writing(Path(file.name)):
                 file.close()
-        with self._writing(self.folder / "tensorboard"):
-            self.events.close()
         spent = self.spent()
         path = self.folder / "summary.json"
         with self._writing(path):
             write_atomically(path, [json.dumps(spent, indent=1) + "\n"])
+        self.trackers.close(failed)
         stages = ", ".join(f"{name} {used['seconds']:.1f}" for name, used in self.stages.items())
         self.console.print(
             f"\n{spent['seconds']:.0f} s ({stages}), peak memory {_peak_gb():.2f} GB; results in "
@@ -349,6 +365,9 @@ class RunLog:
     def _unlock(self) -> None:
         """Leave the lock to the process, which holds it until it ends."""
         _locks[self.folder.resolve()] = self.lock
+
+    def _warn(self, line: str) -> None:
+        self.console.print(line, style="bold red", markup=False)
 
     def spent(self) -> dict[str, Any]:
         """Seconds of the run so far, the time before it was resumed included; by stage the seconds
@@ -409,16 +428,18 @@ class RunLog:
         self.seconds = {}
         with self._writing(self.records[0]):
             print(json.dumps(_finite(record)), file=self.metrics, flush=True)
-        self._write_events("", record, step)
         keep = (self.config.keep_rollouts, self.config.keep_tokens)
+        kept = list(transcripts(rollouts, *keep, tokenizer, values, advantages))
         with self._writing(self.records[2]):
-            for kept in transcripts(rollouts, *keep, tokenizer, values, advantages):
-                print(json.dumps({"step": step} | kept, ensure_ascii=False), file=self.rollouts)
+            for response in kept:
+                print(json.dumps({"step": step} | response, ensure_ascii=False), file=self.rollouts)
             self.rollouts.flush()
         if self.writes and self.config.save_rollouts:
             path = self.folder / "rollouts" / f"step-{step}.jsonl"
             with self._writing(path):
                 save_rollouts(path, rollouts)
+        if self.writes:
+            self.trackers.step(step, record, kept)
         self._print_line(step, record)
 
     def _print_line(self, step: int, record: dict[str, float]) -> None:
@@ -436,7 +457,7 @@ class RunLog:
         gap = record["logp_gap"]
         if gap > self.config.max_logp_gap:
             warning = f"WARNING: the sampler is off by {gap:.3g} nats per token"
-            self.console.print(warning, style="bold red")
+            self._warn(warning)
         self.progress.advance(self.task)
         self.console.file.flush()  # a line a step, also where the output is a file
 
@@ -454,7 +475,7 @@ class RunLog:
             path = self.folder / f"heldout-{step}.jsonl"
             with self._writing(path):
                 save_rollouts(path, rollouts, with_ids=False)
-        self._write_events("heldout/", metrics, step)
+            self.trackers.evaluation(step, metrics)
         self.console.print(
             f"held-out after {step} steps: accuracy {metrics['reward']:.3f}, "
             f"length {metrics['length']:.1f}, format {metrics['format']:.3f} "
@@ -465,12 +486,6 @@ class RunLog:
         if sets:
             each = ", ".join(f"{name} {value:.3f}" for name, value in sets.items())
             self.console.print(f"  {each}")
-
-    def _write_events(self, prefix: str, record: dict[str, float], step: int) -> None:
-        if self.writes:
-            with self._writing(self.folder / "tensorboard"):
-                for name, value in record.items():
-                    self.events.add_scalar(prefix + name, value, step)
 
     def print_before_after(self) -> None:
         """The closing table: held-out metrics before and after the training, and two problems
