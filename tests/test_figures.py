@@ -206,7 +206,7 @@ def test_intervals(tmp_path: Path, texts: dict[str, str]) -> None:
     rows = [("λ = 0.95", -0.02, -0.05, 0.01), ("γ = 0.99", 0.1, 0.08, 0.12)]
     out = tmp_path / "forest.png"
     assert figures.intervals(rows, out, "Differences", "difference", margin=0.03) == out
-    for shown in ("λ = 0.95", "−0.02 [−0.05, +0.01]", "margin ±0.03"):
+    for shown in ("λ = 0.95", "−0.020 [−0.050, +0.010]", "margin ±0.03"):
         assert shown in texts["forest.png"]
     with pytest.raises(ValueError, match=r"'b', 1, 2, 3.*low ≤ mean ≤ high"):
         figures.intervals([("b", 1, 2, 3)], out, "", "")
