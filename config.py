@@ -36,7 +36,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "none"]
 
 STOP = ("User:", "Human:", "Assistant:", "</answer>")  # §3.1; a response is over after </answer>
 STOP_LENGTH = 100  # characters of a stop string: as many tokens are searched for it
-TEMPLATES = ("authors", "paper")  # the texts are in data.py
+TEMPLATE_NAMES = ("authors", "paper")  # the texts are in data.py
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Config(BatchSettings):
 
     model: str = "tiny"
     """Hugging Face folder or hub id, Qwen2.5-{0.5B,1.5B,7B,32B}, or `tiny`, whose base model
-    is in toy/base for seed 0 and made in two minutes for others; or a test bed of the experiments,
-    see toy/tiny.py."""
+    is in toy/base for seed 0 and made in a few minutes for others; or a test bed of the
+    experiments, see toy/tiny.py."""
     data: str = ""
     """Training problems: a file in the authors' form, JSON lines with question and answer, a hub
     id, or any other layout that curation/formats.py knows. `tiny` brings its own."""
@@ -322,7 +322,7 @@ def read_template(template: str) -> str:
     >>> read_template("paper"), read_template("Q: {question} A:")
     ('paper', 'Q: {question} A:')
     """
-    if template in TEMPLATES:
+    if template in TEMPLATE_NAMES:
         return template
     text = template
     if "{question}" not in template:

@@ -42,7 +42,7 @@ from checkpoint import crc32_of_files
 from config import (
     LARGE,
     STOP,
-    TEMPLATES,
+    TEMPLATE_NAMES,
     BatchSettings,
     Config,
     Count,
@@ -275,7 +275,7 @@ def _evaluate_model(
 
 def _described_prompt(cfg: Evaluation) -> str:
     """The prompt of a model in a few words."""
-    named = cfg.template in TEMPLATES
+    named = cfg.template in TEMPLATE_NAMES
     template = f"template {cfg.template}" if named else f"template {cfg.template!r:.60}"
     return template if cfg.stop == STOP else f"{template}, stop strings {list(cfg.stop)}"
 

@@ -181,7 +181,6 @@ def accuracy_at_1(run: Finished) -> float:
 class Repetition(NamedTuple):
     """A response cut after token `cut`, with its last step repeated: `length` more tokens."""
 
-    whole: Rollout
     repeated: Rollout
     cut: int
     length: int
@@ -219,7 +218,7 @@ def value_of_repetition(run: Finished, critic: Critic) -> dict[str, Any]:
 
 
 def repeat_step(r: Rollout, tokenizer: PreTrainedTokenizerBase, times: int) -> Repetition:
-    """A response of the test bed, whole and with the last step of its first half repeated."""
+    """A response of the test bed with the last step of its first half repeated."""
     parts = r.text.split(",")
     half = len(parts) // 4 * 2  # a step has two commas
     before = ",".join(parts[:half]) + ","
@@ -227,7 +226,6 @@ def repeat_step(r: Rollout, tokenizer: PreTrainedTokenizerBase, times: int) -> R
     cut = len(tokenizer.encode(before))
     repeated = tokenizer.encode(before + step * times)
     return Repetition(
-        whole=r,
         repeated=replace(r, token_ids=[*repeated, r.token_ids[-1]]),
         cut=cut,
         length=len(repeated) - cut,

@@ -50,8 +50,6 @@ from preflight import prepare
 from reports.log import revision, versions
 from toy import tiny
 
-RESULTS = "experiments/results"  # whose changes make no other revision
-
 
 class Job(NamedTuple):
     """One run of an arm."""
@@ -116,7 +114,8 @@ def keep(arm: str, entry: dict[str, Any]) -> None:
     if entry["seed"] == SWEEP_SEED:
         results["sweep"][entry["rate"]] = entry["after"]["accuracy"]
     else:
-        results["runs"][f"{entry['seed']}"] = entry | {"revision": revision(aside=RESULTS)}
+        made_by = revision(aside="experiments/results")  # the results are no other program
+        results["runs"][f"{entry['seed']}"] = entry | {"revision": made_by}
     rule.RESULTS.mkdir(exist_ok=True)
     write_atomically(rule.RESULTS / f"{arm}.json", [as_text(results)])
 

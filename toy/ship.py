@@ -1,6 +1,6 @@
 """Make the base model of `tiny` and seed 0 anew, measure it, and put it into toy/base.
 
-    python -m toy.ship      # two minutes on one core
+    python -m toy.ship      # a few minutes on one core
 
 It belongs to the recipe in toy/tiny.py: run this after a change there that changes the model. Other
 processors give other weights of the same skill; tests/test_tiny.py compares the two.

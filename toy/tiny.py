@@ -1,4 +1,4 @@
-"""Make the toy: a synthetic reasoning task and its base model, in two minutes on one core.
+"""Make the toy: a synthetic reasoning task and its base model, in a few minutes on one core.
 
     problems ─▶ document (question, response) ─▶ encode ─▶ train ─▶ Hugging Face folder
 
@@ -473,7 +473,7 @@ def is_shipped(seed: int, name: str) -> bool:
     damaged = _first_damaged()
     if damaged:
         print(
-            f"{damaged}: missing or changed; a base model made on this machine, in about two "
+            f"{damaged}: missing or changed; a base model made on this machine, in a few "
             "minutes, takes its place. `git restore toy/base` brings the file back"
         )
     return damaged is None
