@@ -102,6 +102,20 @@ def test_a_claim_needs_all_its_primary_comparisons() -> None:
     assert verdict("up", "unknown") is None
 
 
+def test_the_table_shows_the_comparison_that_decides() -> None:
+    """README has one row for a claim: the first primary comparison with the claim's verdict."""
+    arms = {"zero": [0.0] * 5, "up": [0.5, 0.6, 0.5, 0.6, 0.5], "same": [0.01, -0.01, 0, 0, 0.0]}
+    found = {arm: results(values, [])["a"] for arm, values in arms.items()}
+    comparisons = (
+        Comparison("same", "zero", primary=False),
+        Comparison("up", "zero"),
+        Comparison("same", "zero"),
+        Comparison("up", "zero", primary=False),
+    )
+    claim = claims.Claim("", "", comparisons)
+    assert verdicts.deciding(claim, found).comparison == comparisons[2]
+
+
 def test_a_comparison_ends_at_its_first_look_that_decides() -> None:
     """Later seeds do not reopen it, and a block that is not whole is not looked at."""
     sure = [0.2, 0.21, 0.19, 0.2, 0.22]

@@ -160,6 +160,14 @@ def test_values_are_compared_with_the_reward_itself(
     found = critics.values_on_heldout(run, SimpleNamespace())
     assert found == {"value_first": 0.5, "brier_first": 0.0, "explained_variance": 1.0}
 
+    def rising(run: Finished, critic: object, rollouts: list[Rollout]) -> tuple[torch.Tensor, ...]:
+        return tuple(0.25 + torch.arange(len(r.token_ids)) for r in rollouts)
+
+    monkeypatch.setattr(Finished, "values", rising)
+    found = critics.values_on_heldout(run, SimpleNamespace())
+    assert found["value_first"] == 0.25
+    assert found["brier_first"] == pytest.approx((0.25**2 + 0.75**2) / 2)
+
 
 # ── repetition ───────────────────────────────────────────────────────────────────────────────────
 
@@ -230,4 +238,4 @@ def test_what_the_critic_has_learned_is_drawn(
     draw.draw_calibration(results)
     draw.draw_repetition(results)
     assert {file.name for file in tmp_path.iterdir()} == {"calibration.png", "repetition.png"}
-    assert draw.brier_at(states, "value", 0.2) == pytest.approx((0.1 * 0.9 + 0.6 * 0.4) / 2)
+    assert draw.brier_at(states, "value", 0.0) == pytest.approx(0.5 * 0.5 / 2)
