@@ -649,7 +649,7 @@ def validate_length(longest: int, config: Any, path: str) -> None:
     if positions and longest > positions:
         raise ValueError(
             f"--prompt-tokens + --response-tokens is {longest}, over the {positions} positions of "
-            f"{path}"
+            f"{path}; pass smaller ones"
         )
 
 

@@ -38,6 +38,7 @@ class PassCount(NamedTuple):
     name: str
     rows_in: int
     reasons: list[tuple[str, int]]
+    runs: bool  # whether the settings ask for it
 
     @property
     def removed(self) -> int:
@@ -105,7 +106,8 @@ def _pass_rows(passes: Sequence[PassCount]) -> Iterable[list[str]]:
     for item in passes:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in item.reasons)
         what = WHAT_PASSES_REMOVE[item.name]
-        yield [item.name, f"{item.rows_in:,}", f"{item.removed:,}", reasons or "–", what]
+        removed = f"{item.removed:,}" if item.runs else "not run"
+        yield [item.name, f"{item.rows_in:,}", removed, reasons or "–", what]
 
 
 def _name(source: str) -> str:

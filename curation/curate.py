@@ -62,18 +62,6 @@ from curation.dedupe import Overlap, Row, Sketch
 from curation.files import progress_bar, write_all_atomically
 from grading.pool import Grader
 
-PASSES = (
-    "bad row",
-    "rate",
-    "choice",
-    "proof",
-    "language",
-    "against",
-    "gold",
-    "exact",
-    "ngram",
-    "embedding",
-)
 REPEAT_REASONS = {"exact": "same words", "ngram": "reworded", "embedding": "paraphrased"}
 
 
@@ -430,18 +418,34 @@ def curate(cfg: Recipe, progress: Progress) -> tuple[list[Row], list[Removal]]:
 # ── results ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def count_passes(num_kept: int, removed: Sequence[Removal]) -> list[card.PassCount]:
+def is_run(cfg: Recipe) -> dict[str, bool]:
+    """All passes in their order, and whether these settings run them."""
+    return {
+        "bad row": cfg.drop_bad_rows,
+        "rate": bool(cfg.count_field or cfg.rollouts),
+        "choice": cfg.choice,
+        "proof": cfg.proof,
+        "language": cfg.language,
+        "against": bool(cfg.against),
+        "gold": cfg.gold,
+        "exact": cfg.exact or bool(cfg.against),
+        "ngram": cfg.ngram or bool(cfg.against),
+        "embedding": bool(cfg.embeddings),
+    }
+
+
+def count_passes(cfg: Recipe, num_kept: int, removed: Sequence[Removal]) -> list[card.PassCount]:
     """How many rows entered each pass, and how many it removed, by reason and by other file."""
     counts = []
     num_left = num_kept + len(removed)
-    for pass_name in PASSES:
+    for pass_name, runs in is_run(cfg).items():
         reasons = Counter(
             (removal.reason, _file_of(removal.other))
             for removal in removed
             if removal.pass_name == pass_name
         )
         named = [(f"{r}: {f}" if f else r, n) for (r, f), n in reasons.most_common()]
-        counts.append(card.PassCount(pass_name, num_left, named))
+        counts.append(card.PassCount(pass_name, num_left, named, runs))
         num_left -= reasons.total()
     return counts
 
@@ -533,7 +537,7 @@ def main(argv: Sequence[str]) -> None:
         check(cfg)
         with progress_bar(console, RowsPerSecond()) as progress:
             rows, removed = curate(cfg, progress)
-        passes = count_passes(len(rows), removed)
+        passes = count_passes(cfg, len(rows), removed)
         console.print(table(len(rows), passes))
         if not rows:
             raise ValueError(f"{' '.join(cfg.inputs)}: no problem stays; nothing is written")

@@ -123,6 +123,9 @@ def test_the_whole_command(tmp_path: Path) -> None:
         "| `other.jsonl` | 9 | 2 |",
         f"python -m curation.curate {orz} {other} --against {held_out} --out {out}",
         "| against | 9 | 2 | shares n-grams: test.jsonl 1, same words: test.jsonl 1 | problems of",
+        "| gold | 7 | 1 | ",
+        "| rate | 12 | not run | – |",
+        "| embedding | 4 | not run | – |",
         "| `answer` | the gold answer, in LaTeX or plain |",
     ):
         assert line in described, line
