@@ -259,7 +259,8 @@ CLAIMS = {
         "§2.2",
         _of_one("default", "brier_gain_over_group")
         + _of_one("default", "brier_gain_over_constant", primary=False)
-        + _of_one("ppo-128x1", "brier_gain_over_group", primary=False),
+        + _of_one("ppo-128x1", "brier_gain_over_group", primary=False)
+        + _of_one("loops-critic", "brier_gain_over_group", primary=False),
     ),
     "repetition": Claim(
         "The critic devalues repetition",

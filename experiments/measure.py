@@ -18,7 +18,12 @@ Record = dict[str, Any]
 HELDOUT = ("length", "format", "reflection", "correct_reflection_length", "truncated")
 CURVES = ("reward", *HELDOUT, "entropy", "explained_variance", "value_mean")
 
-CALIBRATED = ("default", "ppo-128x1", "half-critic")  # arms whose critic is compared with success
+CALIBRATED = (  # arms whose critic is compared with success
+    "default",
+    "ppo-128x1",
+    "half-critic",
+    "loops-critic",
+)
 LOOPING = ("loops", "loops-critic")  # arms whose critic reads repeated steps
 AT_ONE = ("T-0.6", "T-1.2", "T-0.6-top-p-0.95")  # arms that are measured at temperature 1, too
 
