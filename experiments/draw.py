@@ -96,15 +96,18 @@ def records(arm: str, run: dict[str, Any]) -> list[Record]:
 
 def draw_calibration(results: Results) -> None:
     """V(s_t) against the success rate from s_t; the same for GRPO's baseline; Brier scores by
-    depth."""
-    found = [run["calibration"] for run in results["default"]["runs"].values()]
-    draws = [
-        partial(_draw_reliability, found, "value", "V(s_t)"),
-        partial(_draw_reliability, found, "group", "mean reward of the group"),
-        partial(_draw_brier_by_depth, found),
-    ]
-    claim = CLAIMS["calibration"]
-    save_panels(FIGURES / "calibration.png", f"{claim.text}: {len(found)} runs", draws)
+    depth. Above after the training; below for a policy that is still the base, with loops."""
+    draws = []
+    for arm in ("default", "loops-critic"):
+        runs = results.get(arm, {}).get("runs", {})
+        found = [run["calibration"] for run in runs.values() if "calibration" in run]
+        if found:
+            draws += [
+                partial(_draw_reliability, found, "value", f"V(s_t), {arm}"),
+                partial(_draw_reliability, found, "group", "mean reward of the group"),
+                partial(_draw_brier_by_depth, found),
+            ]
+    save_panels(FIGURES / "calibration.png", CLAIMS["calibration"].text, draws)
 
 
 def _draw_reliability(found: Sequence[Record], key: str, label: str, axes: "Axes") -> None:
