@@ -100,12 +100,13 @@ def _save(path: Path, sums: Iterable[Iterable[int]]) -> None:
 def evaluations(model: Path, gsm8k: str, out: str) -> list[str]:
     """The commands that evaluate a model."""
     sums = f"two={FOLDER}/two.jsonl three={FOLDER}/three.jsonl"
-    shared = f"evaluate.py --model {model} --samples 2"
+    shared = f"evaluate.py --model {model}"
     prompt = f"--template {PROMPT}"
-    commands = [f"{shared} --benchmarks {sums} {prompt} --response-tokens 64 --out {out}"]
+    of_sums = f"--benchmarks {sums} --samples 2 --response-tokens 48"
+    commands = [f"{shared} {of_sums} {prompt} --out {out}"]
     if gsm8k:
         file = shlex.quote(f"gsm8k={Path(gsm8k).resolve()}")
-        data = f"--benchmarks {file} --limit 200 --response-tokens 192"
+        data = f"--benchmarks {file} --limit 200 --samples 1 --response-tokens 192"
         commands += [
             f"{shared} {data} {prompt} --out {out}-gsm8k-two-shot",
             f"{shared} {data} --template authors --out {out}-gsm8k-zero-shot",
