@@ -4,7 +4,7 @@ repetition. Everything is measured on held-out problems, after the training."""
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,22 @@ def brier_scores(found: dict[str, list[float]]) -> dict[str, float]:
         "brier_gain_over_group": group - value,
         "brier_gain_over_constant": score(constant) - value,
     }
+
+
+def knowledge(found: dict[str, list[float]]) -> dict[str, float]:
+    """What V(s_t) knows of the states beside its mean, which the normalization takes out of the
+    advantages: its correlation with the success rate, 0 where one of them is constant, and the
+    Brier score of V(s_t) shifted so that its mean is the success rates'.
+
+    >>> knowledge({"value": [0.6, 0.4], "success": [0.4, 0.2], "group": [0.5, 0.5]})
+    {'correlation': 1.0, 'brier_shifted': 0.2}
+    """
+    values, success = found["value"], found["success"]
+    shift = fmean(success) - fmean(values)
+    shifted = brier_scores(found | {"value": [value + shift for value in values]})
+    constant = len({*values}) == 1 or len({*success}) == 1
+    known = 0.0 if constant else correlation(values, success)
+    return {"correlation": significant(known), "brier_shifted": significant(shifted["brier_value"])}
 
 
 def accuracy_at_1(run: Finished) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from experiments import draw, rule
+from experiments import critics, draw, rule
 from experiments.claims import ARMS, CLAIMS, LOOKS, Claim, Comparison
 from experiments.rule import Decided, Results
 
@@ -228,21 +228,29 @@ def arms_table(results: Results) -> str:
 
 def critics_table(results: Results) -> str:
     """What each arm's critic predicts on held-out responses after the training, over the seeds."""
-    metrics = ["accuracy", "value_first", "brier_first", "explained_variance"]
-    metrics += ["brier_value", "brier_group", "brier_constant", "brier_best"]
+    metrics = ["accuracy", "value_first", "brier_first", "explained_variance", "correlation"]
+    metrics += ["brier_value", "brier_shifted", "brier_group", "brier_constant", "brier_best"]
     heads = ["arm", "accuracy", "V(s_0)", "Brier of V(s_0)", "explained variance of R"]
-    heads += ["Brier of V(s_t)", "of the group's mean", "of a constant", "of the success rate"]
+    heads += ["correlation of V(s_t) with the success rate", "Brier of V(s_t)"]
+    heads += ["with its mean set right", "of the group's mean", "of a constant"]
+    heads += ["of the success rate"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm in ARMS:
         runs = runs_of(arm, results)
         if not runs or "value_first" not in runs[0]["after"]:
             continue
         cells = [arm]
+        measured = [run["after"] | _knowledge(run) for run in runs]
         for metric in metrics:
-            found = [run["after"][metric] for run in runs if metric in run["after"]]
+            found = [of_run[metric] for of_run in measured if metric in of_run]
             cells.append(f"{fmean(found):.3f}".replace("-", "−") if found else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _knowledge(run: dict[str, Any]) -> dict[str, float]:
+    """What the critic of a run knows, where its calibration was measured."""
+    return critics.knowledge(run["calibration"]) if "calibration" in run else {}
 
 
 def runs_of(arm: str, results: Results) -> Sequence[dict[str, Any]]:

@@ -77,6 +77,21 @@ def random_critic(folder: Path) -> Critic:
     return critic
 
 
+def test_what_v_knows_is_apart_from_its_mean() -> None:
+    """A V that is off by a constant is as good as the success rate itself; a constant V knows
+    nothing."""
+    success = [0.0, 0.5, 0.75, 1.0]
+    states = {"success": success, "group": [0.5] * 4}
+    off = states | {"value": [p - 0.3 for p in success]}
+    found, scores = critics.knowledge(off), critics.brier_scores(off)
+    assert found["correlation"] == pytest.approx(1)
+    assert found["brier_shifted"] == pytest.approx(scores["brier_best"], abs=1e-4)
+    assert scores["brier_value"] == pytest.approx(scores["brier_best"] + 0.3**2)
+    constant = critics.knowledge(states | {"value": [0.9] * 4})
+    assert constant["correlation"] == 0
+    assert constant["brier_shifted"] == pytest.approx(scores["brier_constant"], abs=1e-4)
+
+
 def test_a_state_is_valued_before_its_next_token(
     run: Finished, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
