@@ -451,6 +451,17 @@ def test_readme_has_every_claim_with_its_verdict() -> None:
         assert row[1:3] == [verdict, f"{verdicts.deciding(claim, found).seeds}"]
 
 
+def test_readme_says_of_critics_what_was_found() -> None:
+    """The sentence of its section on critics, and the claims that it is about."""
+    text = " ".join(verdicts.README.read_text().split())
+    assert "In miniature PPO beats GRPO with two responses a prompt and not with more" in text
+    found = {
+        name: rule.claim_verdict(CLAIMS[name], rule.load()) for name in ("grpo2", "grpo4", "grpo")
+    }
+    more = {rule.NO_DIFFERENCE, rule.CONTRADICTS}
+    assert found["grpo2"] == rule.REPRODUCES and {found["grpo4"], found["grpo"]} <= more
+
+
 def test_every_claims_figure_and_verdict_exist() -> None:
     found = rule.load()
     text = "".join(page.read_text() for page in verdicts.PAGES)
