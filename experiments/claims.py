@@ -270,6 +270,8 @@ CLAIMS = {
         + _of_one("loops-critic", "value_lost_by_4_repeats", primary=False)
         + _of_one("loops", "value_lost_against_going_on", primary=False),
         NOT_VISIBLE,
+        "V rises less along a loop than along the response; against V before the loop it hardly "
+        "changes",
     ),
     "loops": Claim(
         "GRPO removes loops more slowly",
