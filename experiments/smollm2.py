@@ -7,9 +7,10 @@
 
 The weights come with a package, 4 bits each (Q4_1), and become an ordinary folder in float32. All
 else is train.py and evaluate.py; each command is printed before it runs. The prompt (smollm2.txt)
-shows two sums with their answers, because RL needs some right responses to begin with. Held out are 256 sums of two numbers that no training problem has, in either order;
-256 sums of three numbers, which are not trained on; and 200 problems of GSM8K (--gsm8k, its test
-set), under both prompts, to see whether the rest of the model suffers.
+shows two sums with their answers, because RL needs some right responses to begin with. Held out are
+256 sums of two numbers that no training problem has, in either order; 256 sums of three numbers,
+which are not trained on; and 200 problems of GSM8K (--gsm8k, its test set), under both prompts, to
+see whether the rest of the model suffers.
 
 The same command continues where it was stopped: what is finished is not done again.
 """
