@@ -9,7 +9,7 @@ The weights come with a package, 4 bits each (Q4_1), and become an ordinary fold
 else is train.py and evaluate.py; each command is printed before it runs. The prompt (smollm2.txt)
 shows two sums with their answers, because RL needs some right responses to begin with. Held out are
 256 sums of two numbers that no training problem has, in either order; 256 sums of three numbers,
-which are not trained on; and 200 problems of GSM8K (--gsm8k, its test set), under both prompts, to
+which are not trained on; and 100 problems of GSM8K (--gsm8k, its test set), under both prompts, to
 see whether the rest of the model suffers.
 
 The same command continues where it was stopped: what is finished is not done again.
@@ -40,8 +40,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LARGEST = 49  # number of a sum
 HELD_OUT = 256
 # The authors' rates are for 7B and 1,000 steps. This model is 50 times smaller, and takes 70.
-RATES = "--policy-lr 2e-5 --critic-lr 4e-5 --policy-lr-warmup 5 --critic-lr-warmup 5"
-SHAPE = "--prompts 16 --samples 8 --critic-steps 4 --response-tokens 48 --prompt-tokens 192"
+RATES = "--policy-lr 3e-5 --critic-lr 1e-4 --policy-lr-warmup 5 --critic-lr-warmup 5"
+SHAPE = "--prompts 8 --samples 8 --critic-steps 2 --response-tokens 48 --prompt-tokens 192"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def evaluations(model: Path, gsm8k: str, out: str) -> list[str]:
     commands = [f"{shared} {of_sums} {prompt} --out {out}"]
     if gsm8k:
         file = shlex.quote(f"gsm8k={Path(gsm8k).resolve()}")
-        data = f"--benchmarks {file} --limit 200 --samples 1 --response-tokens 192"
+        data = f"--benchmarks {file} --limit 100 --samples 1 --response-tokens 160"
         commands += [
             f"{shared} {data} {prompt} --out {out}-gsm8k-two-shot",
             f"{shared} {data} --template authors --out {out}-gsm8k-zero-shot",
@@ -116,7 +116,7 @@ def evaluations(model: Path, gsm8k: str, out: str) -> list[str]:
 
 def training(steps: int) -> str:
     """The command that trains; it continues a run that was stopped."""
-    data = f"--data {FOLDER}/train.jsonl --eval-data {FOLDER}/two.jsonl --eval-every 10"
+    data = f"--data {FOLDER}/train.jsonl --eval-data {FOLDER}/two.jsonl --eval-every 35"
     where = f"--runs {FOLDER} --name run --resume auto --checkpoint-every 5 --keep-checkpoints 1"
     model = f"--model {FOLDER}/base --template {PROMPT} --threads 2"
     return f"train.py {model} {data} --steps {steps} {SHAPE} {RATES} {where}"
