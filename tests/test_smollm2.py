@@ -67,7 +67,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     cfg = parse(commands[3][1:])
     assert (cfg.steps, cfg.resume, cfg.model) == (7, "auto", f"{smollm2.FOLDER}/base")
-    assert cfg.prompts * cfg.samples == 128 and cfg.kl_loss == cfg.kl_reward == 0
+    assert cfg.gamma == cfg.lam == 1 and cfg.kl_loss == cfg.kl_reward == 0  # the recipe
     assert cfg.template == read_template(smollm2.PROMPT)
     evaluations = [
         tyro.cli(Evaluation, args=command[1:]) for command in commands if command != commands[3]
