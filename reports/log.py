@@ -114,7 +114,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass
+            self.steps_began = time.perf_counter()
     except OSError as error:
         raise OSError(
             f"{folder}: cannot write the run folder ({error.strerror}); choose another --runs"
@@ -209,7 +209,7 @@ class RunLog:
     def __init__(self, folder: Path, config: Any, resume_from: Checkpoint | None = None) -> None:
         self.folder = folder
         self.config = config
-        self.began = time.perf_counter()
+        self.began = self.steps_began = time.perf_counter()
         self.first_step = resume_from.about["step"] if resume_from else 0
         self.writes = distributed.rank() == 0
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.writes)
@@ -443,7 +443,7 @@ class RunLog:
         self._print_line(step, record)
 
     def _print_line(self, step: int, record: dict[str, float]) -> None:
-        per_step = (time.perf_counter() - self.began) / (step + 1 - self.first_step)
+        per_step = (time.perf_counter() - self.steps_began) / (step + 1 - self.first_step)
         left = per_step * (self.config.steps - step - 1)
         shown = record | {"left": f"{int(left // 60)}:{int(left % 60):02d}"}
         if step % 25 == 0:
@@ -471,6 +471,8 @@ class RunLog:
         record[PROBLEMS] = zlib.crc32(json.dumps(sorted(set(map(_asked, rollouts)))).encode())
         with self._writing(self.records[1]):
             print(json.dumps(record), file=self.evaluations, flush=True)
+        if step == self.first_step:  # the time that is left counts from here
+            self.steps_began = time.perf_counter()
         if self.writes:
             path = self.folder / f"heldout-{step}.jsonl"
             with self._writing(path):

@@ -53,6 +53,21 @@ def run(flags: list[str], *more: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, load_records(folder / "metrics.jsonl")
 
 
+def test_time_left_is_without_the_first_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 s of evaluation, then 10 s for the first of 3 steps: 20 s are left."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with RunLog(tmp_path, Config(steps=3)) as log:
+        now[0] = 100
+        log.evaluation(0, {"reward": 0.0, "length": 1.0, "format": 0.0}, [])
+        with log.phase("sample"):
+            now[0] = 110
+        log.step(0, {"logp_gap": 0.0}, [], tiny.tokenizer(), None, torch.empty(0))
+    assert capsys.readouterr().out.splitlines()[2].endswith(" 10.0   0:20")
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_a_run_writes_all_its_files(
     flags: list[str], base_folder: Path, engine: str, call: Callable[..., Ended]
