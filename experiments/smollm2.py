@@ -40,8 +40,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LARGEST = 49  # number of a sum
 HELD_OUT = 256
 # The authors' rates are for 7B and 1,000 steps. This model is 50 times smaller, and takes 70.
-RATES = "--policy-lr 3e-5 --critic-lr 1e-4 --policy-lr-warmup 5 --critic-lr-warmup 5"
-SHAPE = "--prompts 8 --samples 8 --critic-steps 2 --response-tokens 48 --prompt-tokens 192"
+RATES = "--policy-lr 1e-5 --critic-lr 3e-5 --policy-lr-warmup 5 --critic-lr-warmup 5"
+SHAPE = "--prompts 16 --samples 4 --critic-steps 2 --response-tokens 48 --prompt-tokens 192"
 
 
 @dataclass(frozen=True)
