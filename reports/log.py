@@ -114,7 +114,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            self.steps_began = time.perf_counter()
+            pass
     except OSError as error:
         raise OSError(
             f"{folder}: cannot write the run folder ({error.strerror}); choose another --runs"
