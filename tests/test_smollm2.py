@@ -12,7 +12,7 @@ from config import parse, read_template
 from evaluate import Evaluation
 from experiments import smollm2
 
-SHARED = ("two.jsonl", "three.jsonl", "train.jsonl")
+SHARED = ("two.jsonl", "swapped.jsonl", "three.jsonl", "train.jsonl")
 
 
 def sums(path: Path) -> list[tuple[tuple[int, ...], int]]:
@@ -28,8 +28,9 @@ def sums(path: Path) -> list[tuple[tuple[int, ...], int]]:
 def test_held_out_sums_are_not_trained_on(tmp_path: Path) -> None:
     """Neither as they are nor the other way round; all answers are right; the files repeat."""
     smollm2.write_problems(tmp_path)
-    two, three, trained = (sums(tmp_path / name) for name in SHARED)
+    two, swapped, three, trained = (sums(tmp_path / name) for name in SHARED)
     assert len(two) == len(three) == smollm2.HELD_OUT
+    assert swapped == [(terms[::-1], answer) for terms, answer in two]
     assert {len(terms) for terms, _ in two + trained} == {2}
     assert {len(terms) for terms, _ in three} == {3}
     for terms, answer in two + three + trained:
