@@ -289,7 +289,7 @@ def is_field(node: ast.AST) -> bool:
 
 def is_flag(node: ast.AST) -> bool:
     text = node.value if isinstance(node, ast.Constant) else None
-    return isinstance(text, str) and re.fullmatch(r"--[a-z-]+", text) is not None
+    return isinstance(text, str) and re.fullmatch(r"--[a-z0-9-]+", text) is not None
 
 
 def flags(program: str) -> set[str]:
@@ -306,7 +306,7 @@ def flags(program: str) -> set[str]:
 
 
 def flags_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"docs/changelog.md"}))
